@@ -1,0 +1,19 @@
+//! The library that `farpage run` injects into a program: it serves malloc and the mmap family, and runs the threads
+//! that resolve faults and reclaim memory.
+//!
+//! Manager threads must never touch managed memory, or they would wait for themselves. All that they allocate, and all
+//! that the C library allocates on their behalf, comes from the [`arena`], which is not managed.
+
+mod arena;
+mod descriptors;
+mod fork;
+mod init;
+mod malloc;
+mod map;
+
+/// Returns the C convention: -1 and errno.
+fn fail<T: From<i8>>(e: rustix::io::Errno) -> T {
+    // SAFETY: errno is this thread's own.
+    unsafe { *libc::__errno_location() = e.raw_os_error() };
+    T::from(-1)
+}

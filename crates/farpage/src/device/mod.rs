@@ -1,0 +1,121 @@
+//! Devices: where pages live when they are not in DRAM. One file a device, behind the narrow trait
+//! [`Device`]; counts and free frames are the business of [`crate::pagemap`].
+
+use crate::Page;
+use crate::frame::{Owner, Pfn};
+use crate::sys::SharedArea;
+
+mod file;
+mod inject;
+mod ram;
+pub mod spec;
+#[cfg(test)]
+mod testing;
+
+/// A page's checksum: the low 96 bits of its 128-bit XXH3. Equal checksums mean equal pages (the chance
+/// of an error is 2⁻⁹⁶ a comparison); 96 bits keep the metadata of a page within 24 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct Sum(pub [u32; 3]);
+
+impl Sum {
+    /// The checksum of a page.
+    pub fn of(page: &Page) -> Self {
+        let h = xxhash_rust::xxh3::xxh3_128(&page.0);
+        Self([h as u32, (h >> 32) as u32, (h >> 64) as u32])
+    }
+}
+
+/// What can go wrong on a device. Nothing is lost by any of them: a page that could not be stored is
+/// still in DRAM, a page that could not be loaded is poisoned alone.
+#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
+pub enum DeviceError {
+    /// No room for this page now.
+    #[error("device is full")]
+    Full,
+    /// The operating system refused the transfer (an errno).
+    #[error("I/O error {0}")]
+    Io(i32),
+    /// The bytes read are not the bytes written.
+    #[error("checksum mismatch")]
+    Corrupt,
+}
+
+/// One page to store: filled in by the device is `result`.
+pub struct StoreOp<'a> {
+    /// The frame, allocated and exclusively the caller's.
+    pub pfn: Pfn,
+    /// The bytes.
+    pub page: &'a Page,
+    /// Their checksum, to be kept with them.
+    pub sum: Sum,
+    /// The outcome.
+    pub result: Result<(), DeviceError>,
+}
+
+/// One page to load: filled in by the device are `page` and `result` (the checksum stored with it).
+pub struct LoadOp<'a> {
+    /// A frame that the caller holds a reference to.
+    pub pfn: Pfn,
+    /// Where the bytes go.
+    pub page: &'a mut Page,
+    /// The checksum kept with the page, or why it could not be read. Comparing it is the caller's part.
+    pub result: Result<Sum, DeviceError>,
+}
+
+/// How full a device is, in bytes.
+#[derive(Debug, Clone, Copy, Default, serde::Serialize, serde::Deserialize)]
+pub struct Usage {
+    /// What the device may use.
+    pub capacity: u64,
+    /// What it uses now, waste included.
+    pub used: u64,
+    /// What the pages on it need at least (for `ram`: the compressed bytes).
+    pub payload: u64,
+}
+
+/// Where pages live when they are not in DRAM.
+///
+/// A frame is stored once after its allocation and never changed in place, so no call needs to lock out
+/// another on the same frame: `load` and `free` of one frame never overlap (a loader holds a reference),
+/// and `store` comes before the frame is published. All state that must outlive one process lies in the
+/// shared area given at creation. Calls come from several threads and processes at once, and a process
+/// may be killed inside any of them: what it had locked must be taken over by the next
+/// ([`crate::sys::RobustLock`]) and what it had half changed must be rebuilt from what is stored.
+/// A device must not panic and must not touch memory that the domain manages.
+pub trait Device: Send + Sync {
+    /// A short name for messages, for example `ram:1G`.
+    fn name(&self) -> &str;
+    /// How many frames it can have.
+    fn frames(&self) -> u32;
+    /// Stores a batch; each page succeeds or fails on its own.
+    fn store(&self, ops: &mut [StoreOp<'_>], owner: Owner);
+    /// Loads a batch; each page succeeds or fails on its own.
+    fn load(&self, ops: &mut [LoadOp<'_>]);
+    /// The checksum of a stored frame.
+    fn sum(&self, pfn: Pfn) -> Sum;
+    /// The frame's storage is no longer needed (Linux: `page_free`). Must be idempotent: a process that
+    /// died inside it has it called again. `pfns` may be many: one pass, one lock.
+    fn free(&self, pfns: &[Pfn], owner: Owner);
+    /// A process of the domain has died: take over what it had locked and repair what it had half changed. To be
+    /// called by the launcher after each death and before the dead process's slot is given to another, which a
+    /// lock could not tell from the dead. `owner` is the caller.
+    fn repair(&self, owner: Owner) {
+        let _owner = owner;
+    }
+    /// How full it is.
+    fn usage(&self) -> Usage;
+}
+
+/// What a device needs to be opened by one process of the domain.
+pub struct Attach {
+    /// Its zero-initialised shared memory, of the length that [`spec::Spec::shared_len`] gave; the same bytes
+    /// in every process, at different addresses.
+    pub area: SharedArea,
+    /// For devices with a file: a path by which every process of the domain can open it.
+    pub path: Option<String>,
+    /// Who is alive, for [`crate::sys::RobustLock`].
+    pub peers: std::sync::Arc<dyn crate::sys::Peers>,
+    /// True once, in the launcher: the area is fresh and may be formatted.
+    pub create: bool,
+}

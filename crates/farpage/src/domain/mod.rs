@@ -1,0 +1,327 @@
+//! A domain: a process tree that shares a DRAM budget and devices, and the segment that holds its state.
+
+mod budget;
+pub mod entry;
+mod layout;
+mod reap;
+mod slot;
+mod stats;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use rustix::fs::{MemfdFlags, Mode, OFlags};
+
+pub use layout::{ADDRESS_LIMIT, SLOT_COUNT, WINDOW};
+pub use reap::Launcher;
+pub use slot::{Counter, Slot, state};
+pub use stats::{DeviceStats, Stats};
+
+use crate::device::Attach;
+use crate::device::spec::{SetupError, Spec};
+use crate::frame::Owner;
+use crate::pagemap::Pagemap;
+use crate::sys::{Peers, SharedArea, SharedMap};
+
+/// Environment variable that names the domain's segment to the processes of the tree.
+pub const ENV_DOMAIN: &str = "FARPAGE_DOMAIN";
+
+/// What a domain is made of. Sizes in bytes.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub struct Config {
+    /// The most DRAM that the managed memory of the whole tree may occupy.
+    pub dram: u64,
+    /// The smallest anonymous mapping that is managed.
+    pub min_size: u64,
+    /// When everything is full, new mappings fail instead of going above the budget.
+    pub strict: bool,
+    /// Say more on stderr.
+    pub verbose: bool,
+    /// DRAM frames may be used again without giving them to the kernel, where it is certain that the kernel holds no
+    /// plain reference to them. See [`Domain::may_recycle`].
+    pub recycle: bool,
+    /// In order of preference; sizes resolved.
+    pub devices: Vec<Spec>,
+}
+
+/// Why a domain could not be made or joined.
+#[derive(Debug, thiserror::Error)]
+pub enum DomainError {
+    /// A system call failed.
+    #[error("cannot {what}: {source}")]
+    Sys {
+        /// What was tried.
+        what: &'static str,
+        /// The reason.
+        source: rustix::io::Errno,
+    },
+    /// A device could not be set up.
+    #[error("device {device}: {source}")]
+    Device {
+        /// Its specification.
+        device: String,
+        /// The reason.
+        source: SetupError,
+    },
+    /// The segment is not one of ours, or of another version.
+    #[error("not a farpage segment")]
+    NotOurs,
+    /// All process slots are taken.
+    #[error("more than {} processes at once", SLOT_COUNT - 1)]
+    TooManyProcesses,
+    /// The configuration is too long.
+    #[error("configuration too long")]
+    TooLong,
+}
+
+/// Turns an errno into an error that says what was tried.
+pub(crate) fn sys_err(what: &'static str) -> impl FnOnce(rustix::io::Errno) -> DomainError {
+    move |source| DomainError::Sys { what, source }
+}
+
+/// What the segment records of the domain besides the caller's [`Config`].
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Record {
+    config: Config,
+    launcher: u32,
+    /// Per device: path of its backing file.
+    paths: Vec<Option<String>>,
+}
+
+/// Words of the header behind the configuration.
+struct HeaderWords {
+    /// Stamps of arrival.
+    clock: &'static AtomicU64,
+    /// Largest sum of charges seen.
+    peak: &'static AtomicU64,
+    /// Processes that ever joined.
+    joined: &'static AtomicU64,
+    /// Address spaces whose references the launcher gave back when they ended.
+    reaped: &'static AtomicU64,
+    /// One past the highest slot ever used.
+    high: &'static AtomicU32,
+    /// Changes when a slot changes its state.
+    epoch: &'static AtomicU32,
+    /// Not 0: any process may have plain references to its pages. Never goes back to 0.
+    plain_all: &'static AtomicU32,
+    /// Counters of processes that have ended.
+    past: &'static [AtomicU64],
+}
+
+/// The domain as one process sees it.
+pub struct Domain {
+    /// The configuration.
+    pub config: Config,
+    /// The process that created it.
+    pub launcher: u32,
+    /// The devices, in order of preference.
+    pub pagemaps: Vec<Pagemap>,
+    map: SharedMap,
+    file: OwnedFd,
+    words: HeaderWords,
+    peers: Arc<SlotPeers>,
+}
+
+/// Slots as peers of a robust lock.
+struct SlotPeers(SharedArea);
+
+impl SlotPeers {
+    fn slot(&self, owner: Owner) -> &'static Slot {
+        let area = self.0.part(owner as usize * layout::SLOT_SIZE, size_of::<Slot>());
+        let words = area.atomics64();
+        // SAFETY: a slot consists of atomics only, for which any bytes are valid; it lies in a shared mapping
+        // that is never unmapped, at an offset that is a multiple of its alignment (the mapping is page-aligned).
+        unsafe { &*words.as_ptr().cast::<Slot>() }
+    }
+}
+
+impl Peers for SlotPeers {
+    fn is_alive(&self, owner: u16) -> bool {
+        !self.slot(owner).is_dead()
+    }
+}
+
+impl Domain {
+    /// Creates the segment, and in it the devices.
+    ///
+    /// # Errors
+    /// [`DomainError::Sys`] and [`DomainError::Device`], both saying on what.
+    pub fn create(config: &Config) -> Result<Self, DomainError> {
+        let file = rustix::fs::memfd_create("farpage", MemfdFlags::CLOEXEC)
+            .map_err(sys_err("create the domain's shared memory"))?;
+        rustix::fs::ftruncate(&file, layout::FILE_LEN).map_err(sys_err(
+            "size the domain's shared memory (is a file size limit set? see `ulimit -f`)",
+        ))?;
+        let launcher = std::process::id();
+        let mut backing = Vec::new();
+        let mut paths = Vec::new();
+        for spec in &config.devices {
+            let fd = spec.create_backing().map_err(|source| device_err(spec, source))?;
+            paths.push(fd.as_ref().map(crate::device::spec::backing_path));
+            backing.push(fd);
+        }
+        let record = Record { config: config.clone(), launcher, paths };
+        let json = serde_json::to_vec(&record).map_err(|_| DomainError::TooLong)?;
+        if json.len() > layout::HEADER / 2 {
+            return Err(DomainError::TooLong);
+        }
+        let map = Self::map(&file, &record)?;
+        let area = map.area(0, layout::HEADER);
+        area.write(16, &json);
+        area.atomics64()[1].store(json.len() as u64, Ordering::Relaxed);
+        // Release: who sees the magic sees the rest (the tree is started afterwards anyway).
+        area.atomics64()[0].store(layout::MAGIC, Ordering::Release);
+        // The backing files live as long as the launcher: its children reach them through /proc.
+        backing.into_iter().flatten().for_each(std::mem::forget);
+        Self::open(file, map, record, true)
+    }
+
+    /// Joins the domain whose segment `path` names.
+    ///
+    /// # Errors
+    /// [`DomainError::NotOurs`] if the file is something else; [`DomainError::Sys`] if it cannot be reached.
+    pub fn attach(path: &str) -> Result<Self, DomainError> {
+        let file = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .map_err(sys_err("open the domain's shared memory"))?;
+        let head = SharedMap::new(&file, 0, layout::HEADER).map_err(sys_err("map the domain's header"))?;
+        let area = head.area(0, layout::HEADER);
+        let words = area.atomics64();
+        // Acquire pairs with the Release in `create`.
+        if words[0].load(Ordering::Acquire) != layout::MAGIC {
+            return Err(DomainError::NotOurs);
+        }
+        let len = (words[1].load(Ordering::Relaxed) as usize).min(layout::HEADER / 2);
+        let mut json = vec![0; len];
+        area.read(16, &mut json);
+        let record: Record = serde_json::from_slice(&json).map_err(|_| DomainError::NotOurs)?;
+        let map = Self::map(&file, &record)?;
+        Self::open(file, map, record, false)
+    }
+
+    fn map(file: &OwnedFd, record: &Record) -> Result<SharedMap, DomainError> {
+        let len: usize = record.config.devices.iter().map(|s| counts_len(s) + own_len(s)).sum();
+        SharedMap::new(file, 0, layout::DEVICES + len).map_err(sys_err(
+            "map the domain's shared memory (is an address space limit set? see `ulimit -v`)",
+        ))
+    }
+
+    fn open(file: OwnedFd, map: SharedMap, record: Record, create: bool) -> Result<Self, DomainError> {
+        let peers = Arc::new(SlotPeers(map.area(layout::HEADER, SLOT_COUNT * layout::SLOT_SIZE)));
+        let mut at = layout::DEVICES;
+        let mut pagemaps = Vec::new();
+        for (id, (spec, path)) in record.config.devices.iter().zip(&record.paths).enumerate() {
+            let counts = map.area(at, counts_len(spec));
+            let own = map.area(at + counts_len(spec), own_len(spec));
+            at += counts_len(spec) + own_len(spec);
+            let attach = Attach { area: own, path: path.clone(), peers: peers.clone(), create };
+            let device = spec.attach(attach).map_err(|source| device_err(spec, source))?;
+            pagemaps.push(Pagemap::register(id as u8, device, counts, create));
+        }
+        let w = map.area(layout::HEADER / 2, layout::HEADER / 2).atomics64();
+        let w32 = map.area(layout::HEADER - 64, 64).atomics32();
+        let words = HeaderWords {
+            clock: &w[0],
+            peak: &w[8],
+            joined: &w[16],
+            reaped: &w[17],
+            high: &w32[0],
+            epoch: &w32[1],
+            plain_all: &w32[2],
+            past: &w[24..24 + slot::COUNTERS],
+        };
+        Ok(Self { config: record.config, launcher: record.launcher, pagemaps, map, file, words, peers })
+    }
+
+    /// The segment's descriptor.
+    pub fn fd(&self) -> impl AsFd + '_ {
+        self.file.as_fd()
+    }
+
+    /// Whether an address is in this process's mapping of the segment.
+    pub fn maps(&self, addr: usize) -> bool {
+        addr.wrapping_sub(self.map.addr()) < self.map.len()
+    }
+
+    /// The process slot `owner`.
+    pub fn slot(&self, owner: Owner) -> &'static Slot {
+        self.peers.slot(owner)
+    }
+
+    /// Slots that were ever used, with their numbers.
+    pub fn slots(&self) -> impl Iterator<Item = (Owner, &'static Slot)> + '_ {
+        let high = self.words.high.load(Ordering::Acquire) as Owner;
+        (1..high.max(1)).map(|o| (o, self.slot(o)))
+    }
+
+    /// The next stamp of the domain's clock, which orders arrivals across its processes.
+    pub fn stamp(&self) -> u64 {
+        // Relaxed: only the order of the numbers matters.
+        self.words.clock.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Takes a free slot for process `pid`; it is FORMING.
+    pub fn take_slot(&self, pid: u32) -> Result<Owner, DomainError> {
+        for owner in 1..SLOT_COUNT as Owner {
+            let s = self.slot(owner);
+            // Acquire pairs with the Release of the reaper that freed it.
+            if s.state.load(Ordering::Relaxed) == state::FREE
+                && s.state
+                    .compare_exchange(state::FREE, state::FORMING, Ordering::Acquire, Ordering::Relaxed)
+                    .is_ok()
+            {
+                s.pid.store(pid, Ordering::Release);
+                s.oldest.store(u64::MAX, Ordering::Relaxed);
+                self.words.high.fetch_max(u32::from(owner) + 1, Ordering::AcqRel);
+                self.words.joined.fetch_add(1, Ordering::Relaxed);
+                self.changed();
+                return Ok(owner);
+            }
+        }
+        Err(DomainError::TooManyProcesses)
+    }
+
+    /// Maps the window of page entries of `owner`.
+    pub fn map_window(&self, owner: Owner) -> Result<SharedMap, DomainError> {
+        SharedMap::new(&self.file, layout::window_offset(owner), WINDOW)
+            .map_err(sys_err("map the page entries (is an address space limit set? see `ulimit -v`)"))
+    }
+
+    /// Whether a frame that `owner` has moved out may be used for another page. To be asked *after* the page was
+    /// moved: a call that takes plain references is marked before it runs, so no mark then means that no such
+    /// reference to the moved page exists.
+    pub fn may_recycle(&self, owner: Owner) -> bool {
+        // SeqCst pairs with the stores of `Launcher::mark_plain_refs` and `mark_all`.
+        self.recycles() && self.slot(owner).plain_refs.load(Ordering::SeqCst) == 0
+    }
+
+    /// Whether frames are recycled in this domain at all.
+    pub(crate) fn recycles(&self) -> bool {
+        self.config.recycle && self.words.plain_all.load(Ordering::SeqCst) == 0
+    }
+
+    /// Something about the slots changed: the launcher looks again.
+    pub fn changed(&self) {
+        self.words.epoch.fetch_add(1, Ordering::AcqRel);
+        crate::sys::futex_wake(self.words.epoch, i32::MAX);
+    }
+
+    /// The pagemap with this number.
+    pub fn pagemap(&self, id: u8) -> &Pagemap {
+        &self.pagemaps[id as usize]
+    }
+}
+
+/// Bytes of a device's frame table in the segment; whole pages, so that its own area begins on one.
+fn counts_len(spec: &Spec) -> usize {
+    Pagemap::shared_len(spec.frames()).next_multiple_of(crate::PAGE_SIZE)
+}
+
+/// Bytes of a device's own area in the segment.
+fn own_len(spec: &Spec) -> usize {
+    spec.shared_len().next_multiple_of(crate::PAGE_SIZE)
+}
+
+fn device_err(spec: &Spec, source: SetupError) -> DomainError {
+    DomainError::Device { device: spec.to_string(), source }
+}

@@ -1,0 +1,241 @@
+//! The launcher's side: learning of every end in the tree and giving back what the dead held.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FallocateFlags, SeekFrom};
+
+use super::entry::{Entries, Entry};
+use super::layout::{self, WINDOW};
+use super::slot::state;
+use super::{Config, Counter, Domain, DomainError, Stats};
+use crate::frame::{Owner, Pfn};
+use crate::sys::SharedMap;
+
+/// The creator of a domain, who outlives its processes and cleans up after them.
+pub struct Launcher {
+    domain: Domain,
+    me: Owner,
+}
+
+impl Launcher {
+    /// Creates a domain; this process becomes its launcher.
+    ///
+    /// # Errors
+    /// As [`Domain::create`].
+    pub fn create(config: &Config) -> Result<Self, DomainError> {
+        let domain = Domain::create(config)?;
+        let me = domain.take_slot(std::process::id())?;
+        domain.words.joined.store(0, Ordering::Relaxed);
+        Ok(Self { domain, me })
+    }
+
+    /// The value of [`super::ENV_DOMAIN`] for the processes of the tree.
+    pub fn env_value(&self) -> String {
+        use std::os::fd::AsRawFd;
+        format!("/proc/{}/fd/{}", self.domain.launcher, self.domain.file.as_raw_fd())
+    }
+
+    /// Gives back what processes held that have died or begun another program; returns how many.
+    pub fn reap(&self) -> usize {
+        self.reap_those(false)
+    }
+
+    /// `ended`: the whole tree has ended, so that a slot prepared for a child that never came is nobody's.
+    fn reap_those(&self, ended: bool) -> usize {
+        let mut n = 0;
+        for (owner, slot) in self.domain.slots() {
+            let gone = match slot.state.load(Ordering::Acquire) {
+                state::LIVE => slot.is_dead(),
+                // It has not raised its life sign; it may have died before it could.
+                state::FORMING if owner != self.me => match slot.pid.load(Ordering::Acquire) {
+                    // Prepared by a parent for the child that he is about to fork; it says its number at once.
+                    0 => ended,
+                    pid => !process_exists(pid),
+                },
+                _ => false,
+            };
+            if gone {
+                self.give_back(owner);
+                n += 1;
+            }
+        }
+        n
+    }
+
+    /// Process `pid` is about to make a call that leaves plain references to its pages with the kernel. Must be
+    /// called before that call runs. Returns how many address spaces were marked: a process that is being forked and
+    /// has no number yet may be `pid`, so it is marked too; a process that is not managed is not.
+    pub fn mark_plain_refs(&self, pid: u32) -> usize {
+        let mut n = 0;
+        for (owner, slot) in self.domain.slots() {
+            let state = slot.state.load(Ordering::Acquire);
+            if owner == self.me || !matches!(state, state::LIVE | state::FORMING) || slot.is_dead() {
+                continue;
+            }
+            // Acquire pairs with the Release that stores the process's number.
+            let theirs = slot.pid.load(Ordering::Acquire);
+            if theirs == pid || (theirs == 0 && state == state::FORMING) {
+                n += 1;
+                // SeqCst pairs with the load in `Domain::may_recycle`.
+                if slot.plain_refs.swap(1, Ordering::SeqCst) == 0 {
+                    slot.count(Counter::PlainRefs, 1);
+                }
+            }
+        }
+        n
+    }
+
+    /// Plain references are possible in any process, now and later: nothing is recycled from now on.
+    pub fn mark_all(&self) {
+        // SeqCst pairs with the load in `Domain::may_recycle`.
+        self.domain.words.plain_all.store(1, Ordering::SeqCst);
+    }
+
+    /// The numbers (as they see them themselves) of the managed processes that are alive.
+    pub fn processes(&self) -> Vec<u32> {
+        let alive = |(owner, slot): (Owner, &super::Slot)| {
+            let live = slot.state.load(Ordering::Acquire) == state::LIVE && !slot.is_dead();
+            (live && owner != self.me).then(|| slot.pid.load(Ordering::Acquire))
+        };
+        self.domain.slots().filter_map(alive).collect()
+    }
+
+    /// Waits until some process of the tree joins, ends, or `timeout` has passed.
+    pub fn wait_change(&self, timeout: Duration) {
+        let epoch = self.domain.words.epoch;
+        let seen = epoch.load(Ordering::Acquire);
+        let mut waits = vec![(epoch, seen)];
+        for (_, slot) in self.domain.slots() {
+            if slot.state.load(Ordering::Acquire) == state::LIVE {
+                let life = slot.life.load(Ordering::Acquire);
+                if slot.is_dead() {
+                    return;
+                }
+                waits.push((&slot.life, life));
+            }
+        }
+        crate::sys::futex_wait_any(&waits, timeout);
+    }
+
+    /// The counters so far.
+    pub fn stats(&self) -> Stats {
+        self.domain.stats()
+    }
+
+    /// After the tree has ended: gives everything back and counts the frames that still have references.
+    pub fn finish(&self) -> Stats {
+        let deadline = Instant::now() + Duration::from_secs(2);
+        loop {
+            self.reap_those(true);
+            let busy = self
+                .domain
+                .slots()
+                .any(|(o, s)| o != self.me && s.state.load(Ordering::Acquire) != state::FREE);
+            if !busy || Instant::now() > deadline {
+                return self.stats();
+            }
+            self.wait_change(Duration::from_millis(5));
+        }
+    }
+
+    /// Puts every reference of a dead process, drops its entries, frees its slot.
+    fn give_back(&self, owner: Owner) {
+        let d = &self.domain;
+        let slot = d.slot(owner);
+        // One reaper a slot; Acquire: everything the dead process did comes before.
+        let was = slot.state.load(Ordering::Acquire);
+        if slot.state.compare_exchange(was, state::REAPING, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            return;
+        }
+        // Its memory has gone with it.
+        slot.charge.store(0, Ordering::SeqCst);
+        // Before the slot can be another's: locks that the dead process held, changes that it left half done.
+        d.pagemaps.iter().for_each(|map| map.device.repair(self.me));
+        let mut held = false;
+        match d.map_window(owner) {
+            Ok(window) => {
+                held = self.put_entries(owner, &window);
+                window.unmap();
+            }
+            Err(e) => eprintln!(
+                "farpage: cannot give back the pages of process {}: {e}",
+                slot.pid.load(Ordering::Relaxed)
+            ),
+        }
+        for (past, c) in d.words.past.iter().zip(&slot.counters) {
+            past.fetch_add(c.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+        }
+        if held {
+            d.words.reaped.fetch_add(1, Ordering::Relaxed);
+        }
+        slot.oldest.store(u64::MAX, Ordering::Relaxed);
+        slot.life.store(0, Ordering::Relaxed);
+        slot.wanted.store(0, Ordering::Relaxed);
+        slot.plain_refs.store(0, Ordering::Relaxed);
+        slot.pid.store(0, Ordering::Relaxed);
+        // Release: whoever takes the slot next finds it clean.
+        slot.state.store(state::FREE, Ordering::Release);
+        d.changed();
+    }
+
+    fn put_entries(&self, owner: Owner, window: &SharedMap) -> bool {
+        let d = &self.domain;
+        let entries = Entries::new(window);
+        // Frames whose count and entry the dead process was changing: known by their mark.
+        let transit: Vec<Vec<Pfn>> = d.pagemaps.iter().map(|p| p.frames.in_transit(owner)).collect();
+        let mut published = vec![Vec::new(); transit.len()];
+        let mut held: Vec<Vec<Pfn>> = vec![Vec::new(); transit.len()];
+        let base = layout::window_offset(owner);
+        let end = base + WINDOW as u64;
+        let mut at = base;
+        // Only the parts of the window that were ever written.
+        while let Ok(data) = rustix::fs::seek(&d.file, SeekFrom::Data(at)) {
+            if data >= end {
+                break;
+            }
+            let hole = rustix::fs::seek(&d.file, SeekFrom::Hole(data)).unwrap_or(end).min(end);
+            let words = &entries.raw()[(data - base) as usize / 8..(hole - base) as usize / 8];
+            for w in words {
+                let e = Entry::decode(w.load(Ordering::Acquire));
+                if let Some((dev, pfn)) = e.frame() {
+                    if transit[dev as usize].contains(&pfn) {
+                        published[dev as usize].push(pfn);
+                    }
+                    held[dev as usize].push(pfn);
+                }
+            }
+            at = hole;
+        }
+        let any = held.iter().any(|h| !h.is_empty());
+        for (i, map) in d.pagemaps.iter().enumerate() {
+            for &pfn in &transit[i] {
+                if map.frames.recover(pfn, owner, published[i].contains(&pfn)) {
+                    map.free(&[pfn], self.me);
+                }
+            }
+            for batch in held[i].chunks(256) {
+                // Without a mark of ours: nobody reaps us, and another dead process's mark on one of them is ours to
+                // clear, later.
+                let last: Vec<Pfn> = batch.iter().copied().filter(|&p| map.frames.put(p, self.me)).collect();
+                map.free(&last, self.me);
+            }
+        }
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if let Err(e) = rustix::fs::fallocate(&d.file, hole, base, WINDOW as u64) {
+            eprintln!("farpage: cannot drop the page entries of an ended process: {e}");
+        }
+        any
+    }
+}
+
+/// Whether a process exists and is not a zombie.
+fn process_exists(pid: u32) -> bool {
+    match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => !matches!(
+            stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next()),
+            Some('Z' | 'X') | None
+        ),
+        Err(_) => false,
+    }
+}

@@ -1,0 +1,100 @@
+//! Pagemaps: a registered range of a device's frames with a memory type (Linux: `dev_pagemap`).
+//!
+//! Here the counts of [`crate::frame`] and the storage of [`crate::device`] meet: allocation takes a frame
+//! from 0 to 1, and the last `put`, of whatever type, runs the one path that hands it back.
+
+use crate::device::{Device, DeviceError, Sum};
+use crate::frame::{FrameTable, GetError, Owner, Pfn};
+use crate::sys::SharedArea;
+
+/// How the CPU reaches a device's pages, and whether they move (Linux: `enum memory_type`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryType {
+    /// Not reachable by the CPU: moves to DRAM on a fault.
+    Private,
+}
+
+/// How often a load is tried.
+const ATTEMPTS: u64 = 3;
+
+/// A device's frames under the one rule.
+pub struct Pagemap {
+    /// Its number in the domain, 0 to 15, which page entries name.
+    pub id: u8,
+    /// The type.
+    pub memory_type: MemoryType,
+    /// The counts.
+    pub frames: FrameTable,
+    /// The storage.
+    pub device: Box<dyn Device>,
+}
+
+impl Pagemap {
+    /// Bytes of shared memory for the counts of `frames` frames.
+    pub fn shared_len(frames: u32) -> usize {
+        FrameTable::shared_len(frames as usize)
+    }
+
+    /// Registers a device's frames; `area` is shared memory of [`Pagemap::shared_len`] bytes. `create`: the
+    /// area is fresh.
+    pub fn register(id: u8, device: Box<dyn Device>, area: SharedArea, create: bool) -> Self {
+        let n = device.frames() as usize;
+        let (head, rest) = area.split(64);
+        let (words, hints) = rest.split(n.next_multiple_of(64) * 4);
+        let head = head.atomics32();
+        let frames =
+            FrameTable::new(&words.atomics32()[..n], hints.atomics64(), &head[0], &head[1], &head[2]);
+        if create {
+            frames.format();
+        }
+        Self { id, memory_type: MemoryType::Private, frames, device }
+    }
+
+    /// Allocates a frame for `owner`, in transit until [`FrameTable::settle`].
+    pub fn alloc(&self, owner: Owner) -> Option<Pfn> {
+        self.frames.alloc(owner)
+    }
+
+    /// One more reference for `owner`, in transit; waits out another's transfer.
+    pub fn get_in_transit(&self, pfn: Pfn, owner: Owner) -> Result<(), GetError> {
+        loop {
+            match self.frames.get_in_transit(pfn, owner) {
+                Err(GetError::Transit | GetError::Frozen) => crate::sys::yield_now(),
+                r => return r,
+            }
+        }
+    }
+
+    /// Drops references that transfers hold ([`FrameTable::begin_put`] or an allocation); frames whose
+    /// last one it was go back to the device, all at once.
+    pub fn put_in_transit(&self, pfns: &[Pfn], owner: Owner) {
+        let last: Vec<Pfn> = pfns.iter().copied().filter(|&p| self.frames.put_in_transit(p, owner)).collect();
+        self.free(&last, owner);
+    }
+
+    /// The one path at count 0: storage back to the device, then the frame is free.
+    pub fn free(&self, pfns: &[Pfn], owner: Owner) {
+        if pfns.is_empty() {
+            return;
+        }
+        self.device.free(pfns, owner);
+        pfns.iter().for_each(|&p| self.frames.release(p));
+    }
+
+    /// Loads a frame that the caller holds a reference to, verified against its checksum; tried again
+    /// before it is given up. Also returns how many attempts went wrong.
+    pub fn load(&self, pfn: Pfn, page: &mut crate::Page) -> (Result<(), DeviceError>, u64) {
+        let mut error = DeviceError::Corrupt;
+        for bad in 0..ATTEMPTS {
+            let mut op = [crate::device::LoadOp { pfn, page, result: Err(DeviceError::Corrupt) }];
+            self.device.load(&mut op);
+            let [op] = op;
+            match op.result {
+                Ok(sum) if sum == Sum::of(op.page) => return (Ok(()), bad),
+                Ok(_) => error = DeviceError::Corrupt,
+                Err(e) => error = e,
+            }
+        }
+        (Err(error), ATTEMPTS)
+    }
+}

@@ -1,0 +1,163 @@
+//! The reclaim worker: keeps room for pages that come in, so that a fault does not have to make it.
+//!
+//! Room is free frames plus what the budget leaves. While there is plenty the worker sleeps and nothing is
+//! evicted. Below the low mark it evicts the oldest granules into staging, and settles what has been staged
+//! longest, until there is room up to the high mark and a second-chance queue of the wanted length.
+
+use std::sync::atomic::Ordering;
+
+use super::Hands;
+use super::evict::Evicted;
+use super::settle::Settled;
+use crate::PAGE_SIZE;
+use crate::domain::state;
+use crate::fault::follow::TICK;
+use crate::space::{Space, World};
+
+/// Pages: where the worker starts and stops, and how long the second-chance queue is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Marks {
+    pub low: u64,
+    pub high: u64,
+    pub staged: u64,
+}
+
+impl Space {
+    pub(crate) fn marks(&self) -> Marks {
+        let budget = self.domain.budget();
+        let high = (budget / 32).clamp(64, 2048);
+        Marks { low: high / 2, high, staged: (budget / 16).clamp(64, 16384) }
+    }
+
+    /// Pages that can come in before anything has to leave.
+    pub(crate) fn room(&self) -> u64 {
+        self.slots.free_frames() + self.domain.budget().saturating_sub(self.domain.charged())
+    }
+}
+
+/// Runs the worker until the process ends. It also holds the process's life sign.
+pub fn run(space: &'static Space) -> ! {
+    let slot = space.slot();
+    crate::sys::hold_for_life(&slot.life);
+    // Release: who sees LIVE sees the life sign.
+    slot.state.store(state::LIVE, Ordering::Release);
+    space.domain.changed();
+    space.faults.add_manager(crate::sys::gettid());
+    space.faults.follow.worker_started();
+    let mut hands = Hands::new();
+    let mut ticked = std::time::Instant::now();
+    let mut refilling = false;
+    loop {
+        let seen = slot.work.load(Ordering::SeqCst);
+        let mut busy = false;
+        while step(space, &mut hands, &mut refilling) {
+            busy = true;
+            if space.faults.follow.active() && ticked.elapsed() >= TICK {
+                space.faults.follow.tick(space);
+                ticked = std::time::Instant::now();
+            }
+        }
+        if space.faults.follow.active() && ticked.elapsed() >= TICK {
+            space.faults.follow.tick(space);
+            ticked = std::time::Instant::now();
+        }
+        if busy {
+            continue;
+        }
+        let timeout = space.faults.follow.active().then_some(TICK);
+        // SeqCst: pairs with `wake_worker`.
+        space.asleep.store(true, Ordering::SeqCst);
+        crate::sys::futex_wait(&slot.work, seen, timeout);
+        space.asleep.store(false, Ordering::SeqCst);
+    }
+}
+
+/// Something useful, if there is something. False: sleep. Everything happens inside the world, so that a fork finds no lock
+/// of ours held.
+fn step(space: &Space, hands: &mut Hands, refilling: &mut bool) -> bool {
+    let world = space.world.read();
+    let ahead = space.ahead.lock().pop_front();
+    if let Some(addr) = ahead {
+        space.prefetch(&world, addr, hands);
+        return true;
+    }
+    if space.page_out_next(&world, hands) {
+        return true;
+    }
+    let marks = space.marks();
+    let wanted = u64::from(space.slot().wanted.swap(0, Ordering::SeqCst));
+    let over = space.domain.charged().saturating_sub(space.domain.budget());
+    let mine = space.slot().charge.load(Ordering::Relaxed);
+    let shrink = wanted.max(over).min(mine);
+    if shrink > 0 {
+        let given = give_to_kernel(space, &world, hands);
+        // The rest in the next steps: somebody may be waiting for the world.
+        let left = wanted.saturating_sub(given.unwrap_or(wanted));
+        space.slot().wanted.fetch_max(left as u32, Ordering::SeqCst);
+        if given.is_some() {
+            return true;
+        }
+    }
+    if !space.pressure.load(Ordering::Relaxed) {
+        return false;
+    }
+    let room = space.room();
+    if room < marks.low && space.stock_wanted.swap(false, Ordering::Relaxed) {
+        *refilling = true;
+    } else if room >= marks.high {
+        *refilling = false;
+    }
+    if *refilling {
+        return refill(space, &world, marks, hands);
+    }
+    if room > 4 * marks.high {
+        // Others ended, or the program gave much back: the kernel may fill again.
+        space.pressure.store(false, Ordering::Relaxed);
+    }
+    false
+}
+
+/// One step towards the high mark.
+fn refill(space: &Space, world: &World, marks: Marks, hands: &mut Hands) -> bool {
+    if space.slots.staged_pages() < marks.staged && matches!(space.evict_oldest(world), Evicted::Pages(_)) {
+        return true;
+    }
+    settle_oldest(space, world, hands).unwrap_or(false)
+}
+
+/// Settles some of what has been staged longest. `Some(false)`: the devices are full; `None`: nothing is staged.
+fn settle_oldest(space: &Space, world: &World, hands: &mut Hands) -> Option<bool> {
+    let slot = space.slots.oldest()?;
+    Some(match space.settle(world, slot, hands) {
+        Settled::Done => true,
+        Settled::More => {
+            space.slots.unsettled(slot, true);
+            true
+        }
+        Settled::Full => {
+            space.slots.unsettled(slot, false);
+            // Clean copies of pages in DRAM are the devices' spare room.
+            let freed = space.drop_copies(world, 256);
+            if freed == 0 {
+                space.all_full();
+            }
+            freed > 0
+        }
+    })
+}
+
+/// One step of freeing DRAM: frames go back to the kernel. How many pages, or `None` if nothing can be freed.
+fn give_to_kernel(space: &Space, world: &World, hands: &mut Hands) -> Option<u64> {
+    if let Some(run) = space.slots.take(64) {
+        crate::sys::drop_pages(space.slots.addr(run.slot, run.first), run.len * PAGE_SIZE);
+        space.slots.moved(run.slot, run.len);
+        space.domain.uncharge(space.me(), run.len as u64);
+        return Some(run.len as u64);
+    }
+    let before = space.domain.charged();
+    let done = match settle_oldest(space, world, hands) {
+        Some(progress) => progress,
+        None => matches!(space.evict_oldest(world), Evicted::Pages(_)),
+    };
+    done.then(|| before.saturating_sub(space.domain.charged()))
+}

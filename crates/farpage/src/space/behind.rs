@@ -1,0 +1,140 @@
+//! Mapping changes that went past us, by raw system calls. The kernel announces them: drops before they happen, the
+//! others afterwards. Reading the announcement lets the caller go.
+//!
+//! A drop is the delicate one. Between our reading and the kernel's dropping, a page that we moved to staging would
+//! escape the drop; between the dropping and our noting it, a page written since would be taken for an old one.
+//! So nothing of the range is evicted from the moment that the announcement is read ([`Space::in_flux`]) until the
+//! caller has surely done what he announced.
+
+use super::ops::window;
+use super::range::GRANULE;
+use super::{Space, World, slots};
+use crate::PAGE_SIZE;
+use crate::fault::Change;
+use crate::sys::uffd::Stop;
+
+/// How long a caller who was let go may take until he has dropped the pages. He is runnable all that time.
+const SURELY_DROPPED_MS: u64 = 1000;
+
+/// Ranges whose pages are about to be dropped by others, and until when that may be (milliseconds).
+#[derive(Default)]
+pub(crate) struct Flux(Vec<(usize, usize, u64)>);
+
+impl Space {
+    /// The kernel announces a change; called while messages are being read.
+    pub(crate) fn announced(&self, change: Change) {
+        if !self.faults.note(change) {
+            return; // our own
+        }
+        if !matches!(change, Change::Forked(_)) {
+            self.faults.set_raw_changes();
+        }
+        if let Change::Removed(start, end) = change {
+            let now = crate::sys::now_ms();
+            let mut flux = self.flux.lock();
+            flux.0.retain(|f| f.2 > now);
+            flux.0.push((start, end, now + SURELY_DROPPED_MS));
+        }
+    }
+
+    /// Whether it is uncertain what `[start, end)` is: a change that went past us is still to be seen to, or pages there
+    /// are about to be dropped.
+    pub(crate) fn in_flux(&self, start: usize, end: usize) -> bool {
+        if !self.faults.raw_changes() {
+            return false;
+        }
+        if self.faults.has_changes() {
+            return true;
+        }
+        let now = crate::sys::now_ms();
+        self.flux.lock().0.iter().any(|&(s, e, until)| s < end && start < e && now < until)
+    }
+
+    /// Makes our books agree with all changes that were announced and not yet seen to.
+    pub(crate) fn apply_changes(&self, world: &mut World) {
+        if !self.faults.has_changes() {
+            return;
+        }
+        while let Some(change) = self.faults.next_change() {
+            match change {
+                Change::Removed(start, end) => self.removed(world, start, end),
+                Change::Unmapped(start, end) => self.unmapped(world, start, end),
+                Change::Moved(from, to, len) => self.moved(world, from, to, len),
+                Change::Forked(child) => self.fill_orphan(world, child),
+            }
+        }
+        self.recount(world);
+    }
+
+    fn removed(&self, world: &World, start: usize, end: usize) {
+        for range in world.ranges.overlapping(start, end) {
+            for f in range.iter().filter(|f| f.end > start && f.start < end) {
+                self.drop_pages(&f, f.start.max(start), f.end.min(end));
+            }
+        }
+    }
+
+    fn unmapped(&self, world: &mut World, start: usize, end: usize) {
+        // The addresses may have been given out again before the announcement reached us: what is registered is a
+        // mapping of now, not the one that has gone.
+        let gone: Vec<(usize, usize)> = world
+            .ranges
+            .overlapping(start, end)
+            .flat_map(|r| r.iter())
+            .filter(|f| f.end > start && f.start < end)
+            .map(|f| (f.start.max(start), f.end.min(end)))
+            .filter(|&(s, _)| !self.is_registered(world, s))
+            .collect();
+        for (s, e) in gone {
+            self.forget(world, s, e);
+        }
+    }
+
+    fn moved(&self, world: &mut World, from: usize, to: usize, len: usize) {
+        let founds: Vec<usize> =
+            world.ranges.overlapping(from, from + len).flat_map(|r| r.iter()).map(|f| f.start).collect();
+        for at in founds {
+            let Some(f) = world.ranges.granule(at) else { continue };
+            let Some(slot) = f.granule.slot() else { continue };
+            // Their old place is gone: what was staged goes to the new one.
+            let base = f.start / GRANULE * GRANULE;
+            let theirs = window(f.start.max(from), f.end.min(from + len));
+            let staged = self.slots.staged(slot);
+            for (first, n) in slots::runs(staged & theirs) {
+                for i in first..first + n {
+                    self.copy_back(world, slot, i, base + i * PAGE_SIZE - from + to);
+                }
+            }
+            self.slots.set_staged(slot, staged & !theirs);
+            self.unstage(world, &f);
+        }
+        // What the move replaced. (Its unmapping was announced first, but what is there now is registered.)
+        self.forget(world, to, to + len);
+        if self.move_entries(world, from, to, len).is_err() {
+            crate::sys::fatal("cannot follow a mapping that was moved by a raw system call");
+        }
+    }
+
+    /// After changes that went past us: what this process is charged for, counted anew.
+    fn recount(&self, world: &World) {
+        let mut pages = 0;
+        for range in world.ranges.iter() {
+            pages += self.charge_of(world, range.start, range.end);
+        }
+        let (start, len) = self.slots.area();
+        pages += world.resident(start, start + len);
+        self.slot().charge.store(pages, std::sync::atomic::Ordering::SeqCst);
+    }
+
+    /// Whether the page at `addr` is in a mapping that is registered with our userfaultfd. Asked by moving a page that
+    /// does not exist there, which changes nothing.
+    fn is_registered(&self, world: &World, addr: usize) -> bool {
+        loop {
+            match world.uffd.move_pages(addr, self.slots.hole(), PAGE_SIZE, true).1 {
+                None | Some(Stop::Exists) => return true,
+                Some(Stop::Again) => self.hear(world),
+                Some(_) => return false,
+            }
+        }
+    }
+}

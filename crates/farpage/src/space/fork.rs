@@ -1,0 +1,210 @@
+//! Fork: the child's page entries are written before the child exists, each with its own reference.
+//!
+//! Pages in DRAM are the kernel's to share and to copy on write; staging slots are private memory of the process
+//! and come along by the same means. What is away is shared by count: frames are never changed in place, so whoever
+//! writes gets his own copy when he evicts it.
+
+use std::collections::VecDeque;
+use std::os::fd::RawFd;
+use std::sync::atomic::Ordering;
+
+use super::range::{Ranges, flag};
+use super::{Space, World};
+use crate::PAGE_SIZE;
+use crate::domain::entry::Entries;
+use crate::domain::{Counter, DomainError, state};
+use crate::fault::Change;
+use crate::frame::Owner;
+use crate::sys::uffd::Uffd;
+use crate::sys::{BlockedSignals, SharedMap, Write};
+
+/// Milliseconds that a fork waits for room for the child, while none is gained.
+const ROOM_MS: u64 = 2000;
+
+/// A fork in progress, with the world held.
+pub struct Forking {
+    world: Write<'static, World>,
+    child: Owner,
+    window: SharedMap,
+    _signals: BlockedSignals,
+}
+
+impl Space {
+    /// Before the fork, in the thread that forks: stops all motion and prepares the child.
+    ///
+    /// # Errors
+    /// No process slot or no memory for the child's entries; the fork must not happen then.
+    pub fn before_fork(&'static self) -> Result<Forking, DomainError> {
+        let signals = BlockedSignals::new();
+        let child = self.domain.take_slot(0)?;
+        let window = self.domain.map_window(child).inspect_err(|_| self.fork_failed(child))?;
+        let world = self.with_room_for(child);
+        if world.announces_forks {
+            self.forks.store(1, Ordering::SeqCst);
+        }
+        let theirs = Entries::new(&window);
+        let slot = self.domain.slot(child);
+        // Where no room could be made, this is above the budget, and is counted so.
+        self.domain.force_charge(child, 0);
+        // Not a store: the launcher may have marked the child already.
+        slot.plain_refs.fetch_max(self.slot().plain_refs.load(Ordering::SeqCst), Ordering::SeqCst);
+        for range in world.ranges.iter().filter(|r| !r.not_for_children) {
+            for found in range.iter().filter(|f| f.granule.has(flag::ENTRIES)) {
+                for at in (found.start..found.end).step_by(PAGE_SIZE) {
+                    let e = self.entries.get(at);
+                    match e.frame() {
+                        Some((dev, pfn)) => {
+                            let map = self.domain.pagemap(dev);
+                            if let Err(e) = map.get_in_transit(pfn, child) {
+                                crate::sys::fatal(&format!("cannot share frame {pfn} with a child: {e}"));
+                            }
+                            theirs.set(at, e);
+                            map.frames.settle(pfn);
+                        }
+                        None if e.is_away() => theirs.set(at, e),
+                        None => {}
+                    }
+                }
+            }
+        }
+        Ok(Forking { world, child, window, _signals: signals })
+    }
+
+    /// Charges the child with all that this process has in DRAM, but for the frames in stock, which the child gives up
+    /// at once. Pages that the two share for the time being count twice: either may make them his own at any moment,
+    /// without our being told.
+    fn reserve_for(&self, child: Owner) -> u64 {
+        let mine = self.slot().charge.load(Ordering::SeqCst).saturating_sub(self.slots.free_frames());
+        self.domain.slot(child).charge.store(mine, Ordering::SeqCst);
+        self.domain.charged().saturating_sub(self.domain.budget())
+    }
+
+    /// The world, held, when the budget has room for the child, or none can be made. What is reserved is nobody else's
+    /// meanwhile; the workers of the tree make room as they do whenever more is charged than the budget allows.
+    fn with_room_for(&'static self, child: Owner) -> Write<'static, World> {
+        let mut least = u64::MAX;
+        let mut patience = crate::sys::now_ms() + ROOM_MS;
+        loop {
+            let excess = self.reserve_for(child);
+            if excess < least {
+                least = excess;
+                patience = crate::sys::now_ms() + ROOM_MS;
+            }
+            let hopeless = self.full.load(Ordering::Relaxed) || crate::sys::now_ms() > patience;
+            if excess == 0 || hopeless {
+                let world = self.enter_world();
+                let excess = self.reserve_for(child);
+                if excess == 0 || hopeless {
+                    self.count(Counter::OverBudget, excess);
+                    return world;
+                }
+                drop(world);
+                self.faults.nudge();
+                continue;
+            }
+            self.pressure.store(true, Ordering::Relaxed);
+            self.wake_worker();
+            self.ask_others(excess.min(4096) as u32, true);
+            self.slots.wait_for_free(std::time::Duration::from_micros(500));
+        }
+    }
+
+    /// After the fork, in the parent, also when it failed.
+    pub fn after_fork_in_parent(&self, forking: Forking) {
+        let Forking { world, window, child, _signals } = forking;
+        window.unmap();
+        // The announcement has been read and noted, or there would be no child.
+        self.faults.caught_up();
+        if self.forks.swap(0, Ordering::SeqCst) != 0 {
+            self.fork_failed(child);
+        }
+        drop(world);
+        self.faults.nudge();
+    }
+
+    /// After the fork, in the child, whose only thread this is. The manager's threads must be started next.
+    ///
+    /// # Errors
+    /// The child cannot be managed: it must not go on, its absent pages would read as zeros.
+    pub fn after_fork_in_child(&'static self, forking: Forking) -> Result<(), DomainError> {
+        use crate::domain::sys_err;
+        let Forking { mut world, child, window, _signals } = forking;
+        self.me.store(u32::from(child), Ordering::SeqCst);
+        self.slot().pid.store(std::process::id(), Ordering::Release);
+        self.domain.changed();
+        // SAFETY: the window at this address is our page entries; from now on they are the child's, in whose window
+        // the parent has written them.
+        unsafe { window.move_over(self.window) }.map_err(sys_err("take over the page entries"))?;
+        self.running.store(false, Ordering::Relaxed);
+        // SAFETY: this is the only thread; other threads of the parent may have held these.
+        unsafe {
+            self.faults.renew();
+            self.ahead.renew(VecDeque::new());
+            self.outgoing.renew(VecDeque::new());
+            self.flux.renew(super::behind::Flux::default());
+        }
+        self.mark.set();
+        self.leaving.store(0, Ordering::SeqCst);
+        self.slots.reset_settling();
+        self.asleep.store(false, Ordering::SeqCst);
+        let mut ranges = std::mem::take(&mut world.ranges);
+        let gone: Vec<(usize, usize)> =
+            ranges.iter().filter(|r| r.not_for_children).map(|r| (r.start, r.end)).collect();
+        for (start, end) in gone {
+            ranges.take(start, end);
+        }
+        // The parent's descriptors go, ours come.
+        *world = World::open(Ranges::default(), &self.slots)?;
+        world.ranges = ranges;
+        register_all(&world)?;
+        self.note_descriptors(&world);
+        self.ring_bell_with(&world)?;
+        self.forks.store(0, Ordering::SeqCst);
+        drop(world);
+        // The frames in stock are the parent's, shared: the child begins without, and was not charged for them.
+        while let Some(run) = self.slots.take(super::range::GRANULE_PAGES) {
+            crate::sys::drop_pages(self.slots.addr(run.slot, run.first), run.len * PAGE_SIZE);
+            self.slots.moved(run.slot, run.len);
+        }
+        Ok(())
+    }
+
+    /// The fork did not happen: the launcher gives the child's slot back.
+    fn fork_failed(&self, child: Owner) {
+        self.domain.slot(child).pid.store(u32::MAX, Ordering::Release);
+        debug_assert_eq!(self.domain.slot(child).state.load(Ordering::Relaxed), state::FORMING);
+        self.domain.changed();
+    }
+
+    /// The kernel announces a forked child and hands us its userfaultfd. One that was prepared for registers its ranges
+    /// itself, so this one goes; for another see [`super::orphan`].
+    pub(crate) fn forked_event(&self, child: RawFd) {
+        if self.forks.swap(0, Ordering::SeqCst) != 0 {
+            drop(Uffd::from_raw(child));
+        } else {
+            self.announced(Change::Forked(child));
+        }
+    }
+}
+
+/// Registers all that is not granted.
+fn register_all(world: &World) -> Result<(), DomainError> {
+    for range in world.ranges.iter() {
+        let mut start = None;
+        for f in range.iter() {
+            let granted = f.granule.has(flag::GRANTED);
+            match (granted, start) {
+                (false, None) => start = Some(f.start),
+                (true, Some(s)) => {
+                    world.register(s, f.start)?;
+                    start = None;
+                }
+                _ => {}
+            }
+        }
+        if let Some(s) = start {
+            world.register(s, range.end)?;
+        }
+    }
+    Ok(())
+}

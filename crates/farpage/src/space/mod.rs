@@ -1,0 +1,329 @@
+//! An address space: its managed ranges, its page entries, and the operations that change its mappings.
+//!
+//! # Locks
+//!
+//! * The **world** lock: whoever resolves a fault, evicts or settles holds it shared, for microseconds; whoever
+//!   changes a mapping or forks holds it exclusively, so that he finds no page in motion.
+//! * A **granule** lock orders the two or three who work on the same granule.
+//! * Lists (slots, queue) have mutexes, taken last and held for nanoseconds.
+//!
+//! A fault handler never waits for the world: it puts the fault aside and goes on reading messages, because the
+//! one who holds the world may be waiting for just such a message to be read.
+
+mod advice;
+mod behind;
+pub mod fork;
+pub mod ops;
+mod orphan;
+pub(crate) mod puts;
+pub mod range;
+mod remap;
+pub mod slots;
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::sync::{MutexGuard, OnceLock, PoisonError};
+
+use range::{Found, Ranges, flag};
+use slots::Slots;
+
+use crate::domain::entry::Entries;
+use crate::domain::{Counter, Domain, DomainError, Slot, WINDOW};
+use crate::fault::Faults;
+use crate::frame::Owner;
+use crate::sys::uffd::{Uffd, features};
+use crate::sys::{self, PageScan, RwLock};
+use crate::{PAGE_SIZE, domain};
+
+/// Milliseconds until a granule that could not move is tried again.
+const PARKED_MS: u64 = 500;
+
+/// How much of its stack a thread uses, at most, while it holds the world: downwards and upwards.
+const STACK_BELOW: usize = 64 << 10;
+const STACK_ABOVE: usize = 8 << 10;
+
+/// What is replaced as a whole: the ranges, and the descriptors, which a forked child opens anew.
+pub struct World {
+    /// The managed ranges.
+    pub ranges: Ranges,
+    /// Faults and events of the managed ranges.
+    pub uffd: Uffd,
+    /// Whether the kernel tells us of forks.
+    pub(crate) announces_forks: bool,
+    /// The staging slots are registered here, without messages: only as targets of moves.
+    pub slot_uffd: Uffd,
+    /// For counting pages.
+    pub scan: PageScan,
+}
+
+/// The manager of one process's address space.
+pub struct Space {
+    /// The domain it belongs to.
+    pub domain: Domain,
+    me: AtomicU32,
+    /// Its page entries.
+    pub entries: Entries,
+    window: usize,
+    /// See the module's text.
+    pub world: RwLock<World>,
+    /// Staging slots and free frames.
+    pub slots: Slots,
+    /// Granules in order of arrival: stamp and address.
+    queue: std::sync::Mutex<VecDeque<(u64, usize)>>,
+    /// Granules of which nothing could move when it was their turn (read-only, locked, pinned), and when they are to be
+    /// tried again.
+    parked: std::sync::Mutex<(Vec<usize>, u64)>,
+    /// Held while granules change between granted and registered.
+    pub(crate) grants: std::sync::Mutex<()>,
+    /// The budget was exhausted at some time: frames circulate, reclaim keeps a stock.
+    pub pressure: AtomicBool,
+    descriptors: [AtomicI32; 4],
+    /// Not set in a child that nobody prepared: there all this is the parent's.
+    mark: sys::ForkMark,
+    running: AtomicBool,
+    /// Starts one more handler thread; who has the manager's threads provides it.
+    starter: OnceLock<fn(usize) -> bool>,
+    /// Frames are used up fast: the worker is to keep a stock.
+    pub(crate) stock_wanted: AtomicBool,
+    /// The worker sleeps.
+    pub(crate) asleep: AtomicBool,
+    /// Forks through the C library whose event no handler has seen yet.
+    pub(crate) forks: AtomicU32,
+    /// Fault handling.
+    pub faults: Faults,
+    /// Granules that streams will want next.
+    pub(crate) ahead: sys::Mutex<VecDeque<usize>>,
+    /// Granules that the program wants out of DRAM, and whether all the way.
+    outgoing: sys::Mutex<VecDeque<(usize, bool)>>,
+    /// How many of them are not out yet; who asked sleeps on it.
+    leaving: AtomicU32,
+    /// Ranges that others drop pages of just now.
+    flux: sys::Mutex<behind::Flux>,
+    /// No device takes a page any more; cleared when frames become free.
+    pub(crate) full: AtomicBool,
+    pub(crate) said_full: AtomicBool,
+    /// Until when (in milliseconds of the monotonic clock) it is of no use to look for something that could leave.
+    pub(crate) stuck_until: AtomicU64,
+}
+
+fn lock<T>(m: &std::sync::Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic of a manager thread aborts the process; there is no poisoned state to fear.
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Space {
+    /// Joins the domain with the calling process.
+    ///
+    /// # Errors
+    /// [`DomainError`]: no slot, no userfaultfd, no memory for the tables.
+    pub fn new(domain: Domain) -> Result<Self, DomainError> {
+        let me = domain.take_slot(std::process::id())?;
+        let window = domain.map_window(me)?;
+        let budget = domain.budget() as usize;
+        // Enough slots that a sixteenth of the budget can be staged even if a granule has only 8 pages in DRAM.
+        let slots = Slots::new((budget / 16 / 8).clamp(16, 8192))
+            .map_err(domain::sys_err("reserve staging slots"))?;
+        let world = World::open(Ranges::default(), &slots)?;
+        let space = Self {
+            me: AtomicU32::new(u32::from(me)),
+            entries: Entries::new(&window),
+            window: window.addr(),
+            world: RwLock::new(world),
+            slots,
+            queue: std::sync::Mutex::new(VecDeque::new()),
+            parked: std::sync::Mutex::new((Vec::new(), 0)),
+            grants: std::sync::Mutex::new(()),
+            pressure: AtomicBool::new(false),
+            mark: sys::ForkMark::new().map_err(domain::sys_err("map a page"))?,
+            descriptors: [const { AtomicI32::new(-1) }; 4],
+            running: AtomicBool::new(false),
+            starter: OnceLock::new(),
+            stock_wanted: AtomicBool::new(false),
+            asleep: AtomicBool::new(false),
+            forks: AtomicU32::new(0),
+            faults: Faults::new(),
+            ahead: sys::Mutex::new(VecDeque::new()),
+            outgoing: sys::Mutex::new(VecDeque::new()),
+            leaving: AtomicU32::new(0),
+            flux: sys::Mutex::new(behind::Flux::default()),
+            full: AtomicBool::new(false),
+            said_full: AtomicBool::new(false),
+            stuck_until: AtomicU64::new(0),
+            domain,
+        };
+        space.ring_bell_with(&space.world.read())?;
+        space.note_descriptors(&space.world.read());
+        Ok(space)
+    }
+
+    /// This process's slot number.
+    pub fn me(&self) -> Owner {
+        self.me.load(Ordering::Relaxed) as Owner
+    }
+
+    /// This process's slot.
+    pub fn slot(&self) -> &'static Slot {
+        self.domain.slot(self.me())
+    }
+
+    /// Descriptors of the manager, which the program must not close.
+    pub fn descriptors(&self) -> [i32; 4] {
+        self.descriptors.each_ref().map(|d| d.load(Ordering::Relaxed))
+    }
+
+    /// Whether a descriptor is the manager's.
+    pub fn owns_descriptor(&self, fd: i32) -> bool {
+        self.descriptors.iter().any(|d| d.load(Ordering::Relaxed) == fd)
+    }
+
+    pub(crate) fn note_descriptors(&self, world: &World) {
+        use std::os::fd::{AsFd, AsRawFd};
+        let fds =
+            [world.uffd.raw(), world.slot_uffd.raw(), world.scan.raw(), self.domain.fd().as_fd().as_raw_fd()];
+        self.descriptors.iter().zip(fds).for_each(|(d, fd)| d.store(fd, Ordering::Relaxed));
+    }
+
+    /// Whether this is the process (or the prepared child) that this manager belongs to. In a child that was forked past
+    /// the C library nothing of it may be used.
+    pub fn is_mine(&self) -> bool {
+        self.mark.is_set()
+    }
+
+    /// The manager's threads are there: from now on faults are answered. `starter` starts handler number so-and-so, on a
+    /// manager thread; false: it cannot.
+    pub fn set_running(&self, starter: fn(usize) -> bool) {
+        let _the_same = self.starter.set(starter);
+        self.running.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn start_handler(&self, index: usize) -> bool {
+        self.starter.get().is_some_and(|start| start(index))
+    }
+
+    /// Whether an address is in the manager's tables or slots.
+    pub fn is_own(&self, addr: usize) -> bool {
+        let (slots, len) = self.slots.area();
+        addr.wrapping_sub(self.window) < WINDOW
+            || addr.wrapping_sub(slots.saturating_sub(range::GRANULE)) < len + 2 * range::GRANULE
+            || self.domain.maps(addr)
+    }
+
+    /// With `--strict`: whether a new mapping of `len` bytes finds no room any more.
+    pub fn refuses(&self, _len: usize) -> bool {
+        self.domain.config.strict && self.full.load(Ordering::Relaxed)
+    }
+
+    /// Adds to one of this process's counters.
+    pub fn count(&self, c: Counter, n: u64) {
+        self.slot().count(c, n);
+    }
+
+    /// The granule has pages in DRAM: it queues as the youngest.
+    pub(crate) fn enqueue(&self, found: &Found<'_>) {
+        if !found.granule.set(flag::QUEUED) {
+            let stamp = self.domain.stamp();
+            let mut q = lock(&self.queue);
+            if q.is_empty() {
+                self.slot().oldest.store(stamp, Ordering::Relaxed);
+            }
+            q.push_back((stamp, found.start));
+        }
+    }
+
+    /// The granule that arrived first.
+    pub(crate) fn dequeue(&self) -> Option<usize> {
+        let mut q = lock(&self.queue);
+        let first = q.pop_front();
+        let next = q.front().map_or(u64::MAX, |e| e.0);
+        self.slot().oldest.store(next, Ordering::Relaxed);
+        first.map(|e| e.1)
+    }
+
+    /// Nothing of the granule can move now: it does not queue for a while, so that not every fault tries it again.
+    pub(crate) fn park(&self, found: &Found<'_>) {
+        if !found.granule.set(flag::QUEUED) {
+            let mut parked = lock(&self.parked);
+            if parked.0.is_empty() {
+                parked.1 = sys::now_ms() + PARKED_MS;
+            }
+            parked.0.push(found.start);
+        }
+    }
+
+    /// Those that were parked long enough queue again.
+    pub(crate) fn unpark(&self, world: &World) {
+        let mut parked = lock(&self.parked);
+        if parked.0.is_empty() || sys::now_ms() < parked.1 {
+            return;
+        }
+        let granules = std::mem::take(&mut parked.0);
+        drop(parked);
+        for found in granules.iter().filter_map(|&at| world.ranges.granule(at)) {
+            if found.granule.clear(flag::QUEUED) {
+                self.enqueue(&found);
+            }
+        }
+    }
+
+    /// How many granules are queued.
+    pub(crate) fn queued(&self) -> usize {
+        lock(&self.queue).len()
+    }
+
+    /// Wakes the reclaim worker.
+    pub(crate) fn wake_worker(&self) {
+        // SeqCst with the worker's store to `asleep`: either it sees the new number or we see that it sleeps.
+        let work = &self.slot().work;
+        work.fetch_add(1, Ordering::SeqCst);
+        if self.asleep.load(Ordering::SeqCst) {
+            crate::sys::futex_wake(work, i32::MAX);
+        }
+    }
+}
+
+impl World {
+    fn open(ranges: Ranges, slots: &Slots) -> Result<Self, DomainError> {
+        use domain::sys_err;
+        let base = features::EVENT_REMAP | features::EVENT_REMOVE | features::EVENT_UNMAP;
+        let base = base | features::THREAD_ID | features::POISON | features::MOVE;
+        // Without CAP_SYS_PTRACE a fork is not announced; forks through the C library are handled all the same.
+        let (uffd, announces_forks) = match Uffd::open(base | features::EVENT_FORK) {
+            Ok(uffd) => (Ok(uffd), true),
+            Err(_) => (Uffd::open(base), false),
+        };
+        let uffd = uffd.map_err(sys_err("open userfaultfd (see `farpage doctor`)"))?;
+        let slot_uffd = Uffd::open(features::SIGBUS | features::MOVE).map_err(sys_err("open userfaultfd"))?;
+        let (start, len) = slots.area();
+        slot_uffd.register(start, len).map_err(sys_err("register the staging slots"))?;
+        let scan = PageScan::open().map_err(sys_err("open the page map"))?;
+        Ok(Self { ranges, uffd, announces_forks, slot_uffd, scan })
+    }
+
+    /// Registers `[start, end)`. In a forked child the parent's handler may be just about to let go of it (EBUSY until then).
+    fn register(&self, start: usize, end: usize) -> Result<(), DomainError> {
+        let deadline = sys::now_ms() + 5000;
+        loop {
+            match self.uffd.register(start, end - start) {
+                Err(rustix::io::Errno::BUSY) if sys::now_ms() < deadline => sys::yield_now(),
+                r => return r.map_err(domain::sys_err("register memory with userfaultfd")),
+            }
+        }
+    }
+
+    /// The part of the calling thread's stack that it is going to use, if that is managed and not all in DRAM.
+    fn away_from_stack(&self) -> Option<(usize, usize)> {
+        let here = sys::stack_pointer();
+        let found = self.ranges.granule(here)?;
+        let start = here.saturating_sub(STACK_BELOW).max(found.range.start) / PAGE_SIZE * PAGE_SIZE;
+        let end = (here + STACK_ABOVE).min(found.range.end).next_multiple_of(PAGE_SIZE);
+        let pages = ((end - start) / PAGE_SIZE) as u64;
+        (self.scan.count(start, end) != Ok(pages)).then_some((start, end))
+    }
+
+    /// Counts the pages of `[start, end)` that are in DRAM; all of them if that cannot be found out.
+    pub(crate) fn resident(&self, start: usize, end: usize) -> u64 {
+        self.scan.count(start, end).unwrap_or(((end - start) / PAGE_SIZE) as u64)
+    }
+}
+
+const _: () = assert!(WINDOW == domain::ADDRESS_LIMIT / PAGE_SIZE * 8);

@@ -1,0 +1,108 @@
+//! Calls on the process's own mappings, made directly: not through the wrappers that the injected library replaces.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use crate::PAGE_SIZE;
+
+/// Drops the pages of `[start, start+len)`, which the caller knows to hold nothing of value.
+pub fn drop_pages(start: usize, len: usize) {
+    // SAFETY: the caller owns the range and gives up its contents. It is mapped, so the call does not fail; should
+    // it, the pages stay, which costs memory and nothing else.
+    let _dropped = unsafe { rustix::mm::madvise(start as *mut _, len, Advice::LinuxDontNeed) };
+}
+
+/// Drops one page.
+pub fn drop_page(addr: usize) {
+    drop_pages(addr, PAGE_SIZE);
+}
+
+/// Write-faults pages without changing a byte: shared ones become this process's own. Errors (not mapped, not
+/// writable) mean that it could not be done, which the caller sees from what he does next.
+pub fn write_fault(start: usize, len: usize) {
+    // SAFETY: populating changes no byte.
+    let _tried = unsafe { rustix::mm::madvise(start as *mut _, len, Advice::LinuxPopulateWrite) };
+}
+
+/// Read-faults pages. As [`write_fault`].
+pub fn read_fault(start: usize, len: usize) {
+    // SAFETY: populating changes no byte.
+    let _tried = unsafe { rustix::mm::madvise(start as *mut _, len, Advice::LinuxPopulateRead) };
+}
+
+/// Where the calling thread's stack is just now.
+#[inline(never)]
+pub fn stack_pointer() -> usize {
+    let here = 0u8;
+    std::ptr::from_ref(std::hint::black_box(&here)) as usize
+}
+
+/// A page of private anonymous memory, for ever.
+pub fn private_page() -> Result<usize, Errno> {
+    // SAFETY: the kernel chooses the address.
+    let p = unsafe {
+        rustix::mm::mmap_anonymous(
+            std::ptr::null_mut(),
+            PAGE_SIZE,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE,
+        )?
+    };
+    Ok(p as usize)
+}
+
+/// A mark that a forked child finds cleared, however it was forked.
+pub struct ForkMark(&'static AtomicU32);
+
+impl ForkMark {
+    /// A mark that is set.
+    pub fn new() -> Result<Self, Errno> {
+        let page = private_page()?;
+        // SAFETY: our own page, which changes nothing but what a child finds in it.
+        unsafe { rustix::mm::madvise(page as *mut _, PAGE_SIZE, Advice::LinuxWipeOnFork)? };
+        // SAFETY: the page is never unmapped, page-aligned, and only ever used as this one atomic.
+        let mark = Self(unsafe { &*(page as *const AtomicU32) });
+        mark.set();
+        Ok(mark)
+    }
+
+    /// Sets it.
+    pub fn set(&self) {
+        self.0.store(1, Ordering::Relaxed);
+    }
+
+    /// Whether it is set.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed) != 0
+    }
+}
+
+/// Reserves `len` bytes of address space at `target` (replacing what is there), or where the kernel likes.
+pub fn reserve(target: Option<usize>, len: usize) -> Result<usize, Errno> {
+    let mut flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    if target.is_some() {
+        flags |= MapFlags::FIXED;
+    }
+    // SAFETY: with a target, the caller (an `mremap` with a fixed target) asked for its replacement.
+    let p =
+        unsafe { rustix::mm::mmap_anonymous(target.unwrap_or(0) as *mut _, len, ProtFlags::empty(), flags)? };
+    Ok(p as usize)
+}
+
+/// The kernel's mappings within `[start, end)`, cut at its edges.
+pub fn mappings_in(start: usize, end: usize) -> Result<Vec<(usize, usize)>, Errno> {
+    let maps = std::fs::read_to_string("/proc/self/maps")
+        .map_err(|e| Errno::from_raw_os_error(e.raw_os_error().unwrap_or(libc::EIO)))?;
+    let mut found = Vec::new();
+    for line in maps.lines() {
+        let Some((range, _)) = line.split_once(' ') else { continue };
+        let Some((s, e)) = range.split_once('-') else { continue };
+        let (Ok(s), Ok(e)) = (usize::from_str_radix(s, 16), usize::from_str_radix(e, 16)) else { continue };
+        if e > start && s < end {
+            found.push((s.max(start), e.min(end)));
+        }
+    }
+    Ok(found)
+}

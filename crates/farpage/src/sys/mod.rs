@@ -1,0 +1,52 @@
+//! The kernel's ABI: userfaultfd, PAGEMAP_SCAN, futexes, shared memory. Knows nothing of farpage.
+//!
+//! All calls go to the kernel directly (no libc wrapper in between): the injected library replaces those
+//! wrappers, and the manager's own mappings must not come back to it.
+
+mod futex;
+mod lock;
+pub mod lz4;
+mod memory;
+mod mutex;
+mod pagemap_scan;
+mod process;
+mod ring;
+mod rwlock;
+mod shared;
+mod slots;
+mod steady;
+pub mod uffd;
+
+pub use futex::{futex_wait, futex_wait_any, futex_wake};
+pub use lock::{Locked, Peers, RobustLock};
+pub use memory::{
+    ForkMark, drop_page, drop_pages, mappings_in, private_page, read_fault, reserve, stack_pointer,
+    write_fault,
+};
+pub use mutex::{Mutex, MutexGuard};
+pub use pagemap_scan::PageScan;
+pub use process::{
+    BlockedSignals, bind, cpu_of, fatal, gettid, hold_for_life, keep_off, keep_only, run_delay_ns, say,
+    set_idle_policy,
+};
+pub use ring::{Ring, Transfer};
+pub use rwlock::{Read, RwLock, Write};
+pub use shared::{SharedArea, SharedMap};
+pub use slots::{Slots, Taken};
+pub use steady::SteadyFile;
+
+/// Milliseconds of a clock that only goes forward.
+pub fn now_ms() -> u64 {
+    now_ns() / 1_000_000
+}
+
+/// Nanoseconds of the same clock.
+pub fn now_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// Lets another thread run.
+pub fn yield_now() {
+    rustix::thread::sched_yield();
+}
