@@ -269,9 +269,9 @@ fn ctrl_c_reaches_the_program_once_and_leaves_the_command_alone() {
     if !runs_here() {
         return;
     }
-    // `script` gives it a terminal of its own.
+    // `script` gives it a terminal of its own. With `exec`, for the shell in between would die of Ctrl-C.
     let inner =
-        format!("{FARPAGE} run -- sh -c 'trap \"echo caught\" INT; echo ready; read x; read x; exit 6'");
+        format!("exec {FARPAGE} run -- sh -c 'trap \"echo caught\" INT; echo ready; read x; read x; exit 6'");
     let child = Command::new("script")
         .args(["-qefc", &inner, "/dev/null"])
         .stdin(Stdio::piped())

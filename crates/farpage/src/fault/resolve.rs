@@ -180,7 +180,7 @@ impl Space {
         let (first, len) = slots::runs(staged).find(|&(f, l)| f <= i && i < f + l)?;
         let src = self.slots.addr(slot, first);
         let dst = base + first * PAGE_SIZE;
-        let (done, stop) = world.uffd.move_pages(dst, src, len * PAGE_SIZE, false);
+        let (done, stop) = world.move_pages(&world.uffd, dst, src, len * PAGE_SIZE, false);
         let done = done / PAGE_SIZE;
         let mut back = slots::mask(first, done);
         let mut outcome = Outcome::Wake;

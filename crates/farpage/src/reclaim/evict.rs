@@ -69,7 +69,7 @@ impl Space {
             let base = found.start / crate::space::range::GRANULE * crate::space::range::GRANULE;
             while at < found.end {
                 let dst = self.slots.addr(slot, (at - base) / PAGE_SIZE);
-                let (done, stop) = world.slot_uffd.move_pages(dst, at, found.end - at, true);
+                let (done, stop) = world.move_pages(&world.slot_uffd, dst, at, found.end - at, true);
                 at += done;
                 moved_any |= done > 0;
                 match stop {
@@ -97,7 +97,8 @@ impl Space {
                     }
                     // A boundary of mappings, or one that may not be written: this page stays.
                     Some(Stop::Invalid | Stop::Gone | Stop::Exists | Stop::NoMemory | Stop::Other(_)) => {
-                        let one = world.slot_uffd.move_pages(
+                        let one = world.move_pages(
+                            &world.slot_uffd,
                             self.slots.addr(slot, (at - base) / PAGE_SIZE),
                             at,
                             PAGE_SIZE,

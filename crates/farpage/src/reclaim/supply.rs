@@ -188,8 +188,11 @@ impl Space {
             }
             Frames::Slot(run) => {
                 let src = self.slots.addr(run.slot, run.first);
-                let (done, stop) =
-                    if n == 0 { (0, None) } else { world.uffd.move_pages(dst, src, n * PAGE_SIZE, false) };
+                let (done, stop) = if n == 0 {
+                    (0, None)
+                } else {
+                    world.move_pages(&world.uffd, dst, src, n * PAGE_SIZE, false)
+                };
                 let mut done = done / PAGE_SIZE;
                 if done > 0 {
                     self.slots.moved(run.slot, done);

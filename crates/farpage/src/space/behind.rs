@@ -130,7 +130,7 @@ impl Space {
     /// does not exist there, which changes nothing.
     fn is_registered(&self, world: &World, addr: usize) -> bool {
         loop {
-            match world.uffd.move_pages(addr, self.slots.hole(), PAGE_SIZE, true).1 {
+            match world.move_pages(&world.uffd, addr, self.slots.hole(), PAGE_SIZE, true).1 {
                 None | Some(Stop::Exists) => return true,
                 Some(Stop::Again) => self.hear(world),
                 Some(_) => return false,

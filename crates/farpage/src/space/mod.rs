@@ -31,7 +31,7 @@ use crate::domain::entry::Entries;
 use crate::domain::{Counter, Domain, DomainError, Slot, WINDOW};
 use crate::fault::Faults;
 use crate::frame::Owner;
-use crate::sys::uffd::{Uffd, features};
+use crate::sys::uffd::{Stop, Uffd, features};
 use crate::sys::{self, PageScan, RwLock};
 use crate::{PAGE_SIZE, domain};
 
@@ -318,6 +318,40 @@ impl World {
         let end = (here + STACK_ABOVE).min(found.range.end).next_multiple_of(PAGE_SIZE);
         let pages = ((end - start) / PAGE_SIZE) as u64;
         (self.scan.count(start, end) != Ok(pages)).then_some((start, end))
+    }
+
+    /// `UFFDIO_MOVE` by way of `uffd`: returns the bytes moved and, if fewer than asked, why not all.
+    ///
+    /// Linux 6.18 moves pages and does not count them: once it has had to try again inside the call (the pages are parts of
+    /// a huge page that it first has to split), it goes over what it has just moved as well, finds it at the
+    /// destination, and answers EEXIST. So EEXIST is believed only if the page is still at its source.
+    pub(crate) fn move_pages(
+        &self,
+        uffd: &Uffd,
+        dst: usize,
+        src: usize,
+        len: usize,
+        holes: bool,
+    ) -> (usize, Option<Stop>) {
+        let mut at = 0;
+        loop {
+            let (done, stop) = uffd.move_pages(dst + at, src + at, len - at, holes);
+            at += done;
+            if stop != Some(Stop::Exists) {
+                return (at, stop);
+            }
+            let gone = match self.scan.first_present(src + at, src + len) {
+                Ok(first) => first.unwrap_or(src + len) - src - at,
+                Err(e) => sys::fatal(&format!("cannot find out which pages have moved: {e}")),
+            };
+            if gone == 0 {
+                return (at, stop);
+            }
+            at += gone;
+            if at == len {
+                return (len, None);
+            }
+        }
     }
 
     /// Counts the pages of `[start, end)` that are in DRAM; all of them if that cannot be found out.

@@ -268,6 +268,9 @@ impl Space {
             self.retire(slot, gone);
             if self.slots.staged(slot) == 0 {
                 granule.set_slot(None);
+                if granule.clear(flag::REQUEUE) {
+                    self.enqueue(found);
+                }
             }
         }
         if granule.has(flag::ENTRIES) {
@@ -323,7 +326,7 @@ impl Space {
             while at < len {
                 let dst = base + (first + at) * PAGE_SIZE;
                 let src = self.slots.addr(slot, first + at);
-                let (done, stop) = world.uffd.move_pages(dst, src, (len - at) * PAGE_SIZE, false);
+                let (done, stop) = world.move_pages(&world.uffd, dst, src, (len - at) * PAGE_SIZE, false);
                 at += done / PAGE_SIZE;
                 match stop {
                     None => break,

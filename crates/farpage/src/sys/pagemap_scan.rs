@@ -62,32 +62,44 @@ impl PageScan {
         let mut at = start;
         while at < end {
             let mut found = [Region::default(); 32];
-            let mut arg = ScanArg {
-                size: size_of::<ScanArg>() as u64,
-                start: at as u64,
-                end: end as u64,
-                vec: found.as_mut_ptr() as u64,
-                vec_len: found.len() as u64,
-                category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-                return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-                ..ScanArg::default()
-            };
-            // SAFETY: the structure is the one this ioctl takes; it writes at most `vec_len` regions to `found`.
-            let n = unsafe { libc::ioctl(self.fd.as_raw_fd(), PAGEMAP_SCAN as _, &raw mut arg) };
-            if n < 0 {
-                let e = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
-                return Err(rustix::io::Errno::from_raw_os_error(e));
-            }
-            for r in &found[..n as usize] {
+            let (n, walked) = self.scan(at, end, &mut found)?;
+            for r in &found[..n] {
                 f(r.start as usize, r.end as usize);
             }
-            let walked = arg.walk_end as usize;
             if walked <= at {
                 break;
             }
             at = walked;
         }
         Ok(())
+    }
+
+    /// The first page of `[start, end)` that is there.
+    pub fn first_present(&self, start: usize, end: usize) -> rustix::io::Result<Option<usize>> {
+        let mut found = [Region::default(); 1];
+        let (n, _) = self.scan(start, end, &mut found)?;
+        Ok((n > 0).then_some(found[0].start as usize))
+    }
+
+    /// The first runs of pages that are there, and up to where was looked.
+    fn scan(&self, start: usize, end: usize, found: &mut [Region]) -> rustix::io::Result<(usize, usize)> {
+        let mut arg = ScanArg {
+            size: size_of::<ScanArg>() as u64,
+            start: start as u64,
+            end: end as u64,
+            vec: found.as_mut_ptr() as u64,
+            vec_len: found.len() as u64,
+            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            ..ScanArg::default()
+        };
+        // SAFETY: the structure is the one this ioctl takes; it writes at most `vec_len` regions to `found`.
+        let n = unsafe { libc::ioctl(self.fd.as_raw_fd(), PAGEMAP_SCAN as _, &raw mut arg) };
+        if n < 0 {
+            let e = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+            return Err(rustix::io::Errno::from_raw_os_error(e));
+        }
+        Ok((n as usize, arg.walk_end as usize))
     }
 
     /// How many pages of `[start, end)` are there.
