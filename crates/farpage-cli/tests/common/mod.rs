@@ -31,7 +31,9 @@ pub fn refusal(command: &mut Command) -> (i32, String) {
 /// A copy of the command that another user can reach.
 pub fn public_copy(dir: &Path) -> PathBuf {
     let copy = dir.join("farpage");
-    fs::copy(FARPAGE, &copy).unwrap();
+    // By another process: a file that this one has open for writing is inherited by what another test starts at that
+    // moment, and cannot be executed until that has exec'd.
+    assert!(Command::new("cp").arg(FARPAGE).arg(&copy).status().unwrap().success());
     fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).unwrap();
     fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
     copy
