@@ -11,7 +11,7 @@
 //! * No more handlers listen than there are CPUs with faults: one that has nothing to do would be woken all the same.
 //!
 //! `SCHED_IDLE` starves where the CPU has other work, so it is on only while faults come fast and the handler is seen
-//! to get its turn at once; the reclaim worker looks every few milliseconds and takes it back.
+//! to get its turn at once; the reclaim worker looks from time to time and takes it back.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -19,15 +19,23 @@ use crate::space::Space;
 
 /// Handlers at most.
 pub(crate) const HANDLERS: usize = 4;
-/// How often the worker looks, while faults come.
-pub(crate) const TICK: std::time::Duration = std::time::Duration::from_millis(4);
+/// How often the worker looks (a *tick*), while faults come: the more seldom, the longer nothing changes. On a machine with two CPUs its
+/// waking up moves the faulting thread to the other one, which costs a tenth of the speed at one tick every 4 ms.
+const FIRST_TICK_MS: u64 = 4;
+const LAST_TICK_MS: u64 = 64;
 /// Ticks without a fault until it stops looking.
-const QUIET: u32 = 12;
-/// Faults in a tick from which on a thread is worth a handler on its CPU, and `SCHED_IDLE`.
+const QUIET: u32 = 8;
+/// For how long a handler that starved is not `SCHED_IDLE` again: at first, and at most, for it doubles each time (and shrinks while all is well).
+const FIRST_PENANCE_MS: u64 = 100;
+const LAST_PENANCE_MS: u64 = 10_000;
+/// Faults in 4 ms from which on a thread is worth a handler on its CPU, and `SCHED_IDLE`.
 const FAST: u64 = 16;
-/// Faults until it is looked again where a thread is. The scheduler moves it every few milliseconds, to even out the load,
-/// and on the wrong CPU a fault takes five times as long; to look takes 3 µs.
-const RECHECK: u64 = 12;
+/// Faults until it is looked again where a thread is, come what may; see [`Idler`] for what comes first.
+const RECHECK: u64 = 256;
+/// Nanoseconds in which a thread that was woken on our CPU has hardly run and faulted again.
+const SHORT: u64 = 30_000;
+/// The most times that a handler finds nothing to do and does not look where the thread is that it woke.
+const MOST_SKIPPED: u32 = 12;
 /// Threads whose CPU is remembered, by number.
 const THREADS: usize = 64;
 const NOWHERE: u32 = u32::MAX;
@@ -44,16 +52,31 @@ struct Handler {
     waking: AtomicU64,
     /// The same, as of the last look.
     waking_seen: AtomicU64,
+    /// It starved: when (in milliseconds) it may be `SCHED_IDLE` again, and for how long it may not the next time.
+    penance_until: AtomicU64,
+    penance: AtomicU64,
 }
 
-/// Where a thread was seen, until which fault (of all) that is believed, and how often it faulted, now and at the last
-/// look.
+/// Where a thread was seen, until which of its faults that is believed, and how often it faulted, now and at the last tick.
 struct Thread {
     tid: AtomicU32,
     cpu: AtomicU32,
     until: AtomicU64,
     faults: AtomicU64,
     seen: AtomicU64,
+}
+
+/// What a handler knows when it finds nothing to do. The scheduler moves a busy thread to an idle CPU every few milliseconds,
+/// and on the wrong CPU each fault takes five times as long; but to look where a thread is takes 12 µs, as long as a
+/// fault. A thread that is woken on the handler's CPU runs there at once, and when the handler's turn comes again the
+/// next fault is there. So a handler that comes back from waking one quickly, and has nothing to do, has woken it elsewhere.
+#[derive(Default)]
+pub(crate) struct Idler {
+    /// Who was woken last, and whether that took a short time only.
+    woken: Option<(u32, bool)>,
+    /// How often not to look yet: the thread may just have gone to sleep.
+    skip: u32,
+    skipped: u32,
 }
 
 /// Where the handlers are. All of it is hints: nothing but speed depends on it, so everything is Relaxed.
@@ -67,6 +90,9 @@ pub(crate) struct Follow {
     active: AtomicU32,
     /// Ticks since the last fault; the worker stops looking after some.
     quiet: AtomicU32,
+    /// Milliseconds until the next tick, and when the last one was.
+    pace: AtomicU64,
+    ticked: AtomicU64,
 }
 
 impl Follow {
@@ -78,6 +104,8 @@ impl Follow {
             delay: AtomicU64::new(0),
             waking: AtomicU64::new(0),
             waking_seen: AtomicU64::new(0),
+            penance_until: AtomicU64::new(0),
+            penance: AtomicU64::new(FIRST_PENANCE_MS),
         };
         let thread = || Thread {
             tid: AtomicU32::new(0),
@@ -92,7 +120,9 @@ impl Follow {
             worker: AtomicU32::new(0),
             last: AtomicU32::new(0),
             active: AtomicU32::new(1),
-            quiet: AtomicU32::new(100),
+            quiet: AtomicU32::new(QUIET),
+            pace: AtomicU64::new(FIRST_TICK_MS),
+            ticked: AtomicU64::new(0),
         }
     }
 
@@ -122,7 +152,7 @@ impl Follow {
         loop {
             let active = self.active.load(Ordering::Relaxed);
             if index < active as usize {
-                return Some(5 * TICK);
+                return Some(std::time::Duration::from_millis(LAST_TICK_MS));
             }
             crate::sys::futex_wait(&self.active, active, None);
         }
@@ -130,25 +160,49 @@ impl Follow {
 
     /// A fault of thread `tid` reached handler `index`, who runs this.
     pub fn fault(&self, space: &Space, index: usize, tid: u32) {
-        let n = space.faults.handled.fetch_add(1, Ordering::Relaxed);
         if self.quiet.load(Ordering::Relaxed) >= QUIET {
             self.quiet.store(0, Ordering::Relaxed);
             space.wake_worker();
         }
-        let Some(cpu) = self.cpu_of(tid, n) else { return };
-        // The only handler follows a thread at once; where several threads fault, the worker places the handlers.
+        let t = &self.threads[tid as usize % THREADS];
+        let n = t.faults.fetch_add(1, Ordering::Relaxed);
+        let known = t.tid.load(Ordering::Relaxed) == tid && n < t.until.load(Ordering::Relaxed);
+        if known || self.look(space, tid) {
+            self.go_there(index, tid);
+        }
+    }
+
+    /// The only handler follows a thread at once; where several threads fault, the worker places the handlers. Whether
+    /// it went.
+    fn go_there(&self, index: usize, tid: u32) -> bool {
+        let cpu = self.threads[tid as usize % THREADS].cpu.load(Ordering::Relaxed);
         let alone = self.last.swap(tid, Ordering::Relaxed) == tid && self.active.load(Ordering::Relaxed) == 1;
         let here = &self.handlers[index].cpu;
-        if alone && here.load(Ordering::Relaxed) != cpu {
+        let go = alone && here.load(Ordering::Relaxed) != cpu;
+        if go {
             here.store(cpu, Ordering::Relaxed);
             crate::sys::bind(0, cpu);
             self.move_worker();
         }
+        go
     }
 
     /// Handler `index` has woken a thread, which took so many nanoseconds.
-    pub fn woke(&self, index: usize, ns: u64) {
+    pub fn woke(&self, index: usize, idler: &mut Idler, tid: u32, ns: u64) {
         self.handlers[index].waking.fetch_add(ns, Ordering::Relaxed);
+        idler.woken = Some((tid, ns < SHORT));
+    }
+
+    /// Handler `index` has nothing to do: is it where the thread is that it has just woken?
+    pub fn nothing_to_do(&self, space: &Space, index: usize, idler: &mut Idler) {
+        let Some((tid, true)) = idler.woken.take() else { return };
+        idler.skipped += 1;
+        if idler.skipped <= idler.skip {
+            return;
+        }
+        idler.skipped = 0;
+        let moved = self.look(space, tid) && self.go_there(index, tid);
+        idler.skip = if moved { 0 } else { (2 * idler.skip + 1).min(MOST_SKIPPED) };
     }
 
     /// The worker keeps off the handlers' CPUs: it would be woken just there, where nothing but a `SCHED_IDLE` thread
@@ -171,39 +225,51 @@ impl Follow {
         self.worker.store(crate::sys::gettid(), Ordering::Relaxed);
     }
 
-    /// Where the thread is. To look costs a read of /proc, so that is done only now and then.
-    fn cpu_of(&self, tid: u32, n: u64) -> Option<u32> {
+    /// Looks where a thread is. False: it has ended.
+    fn look(&self, space: &Space, tid: u32) -> bool {
         let t = &self.threads[tid as usize % THREADS];
-        let known = t.tid.load(Ordering::Relaxed) == tid;
-        t.faults.fetch_add(1, Ordering::Relaxed);
-        if known && n < t.until.load(Ordering::Relaxed) {
-            return Some(t.cpu.load(Ordering::Relaxed));
+        let Some(cpu) = crate::sys::cpu_of(tid) else { return false };
+        let new = t.tid.swap(tid, Ordering::Relaxed) != tid;
+        let moved = t.cpu.swap(cpu, Ordering::Relaxed) != cpu;
+        // Where there are several handlers, the worker places them.
+        if new || (moved && self.active.load(Ordering::Relaxed) > 1) {
+            self.hurry(space);
         }
-        let cpu = crate::sys::cpu_of(tid)?;
-        let stays = known && t.cpu.load(Ordering::Relaxed) == cpu;
-        t.tid.store(tid, Ordering::Relaxed);
-        t.cpu.store(cpu, Ordering::Relaxed);
-        t.until.store(n + if stays { RECHECK } else { RECHECK / 2 }, Ordering::Relaxed);
-        Some(cpu)
+        t.until.store(t.faults.load(Ordering::Relaxed) + RECHECK, Ordering::Relaxed);
+        true
     }
 
-    /// Whether the worker should look again soon.
-    pub fn active(&self) -> bool {
-        self.quiet.load(Ordering::Relaxed) < QUIET
+    /// How long until the worker should look again; `None`: no faults come.
+    pub fn next_tick(&self) -> Option<std::time::Duration> {
+        if self.quiet.load(Ordering::Relaxed) >= QUIET {
+            return None;
+        }
+        let due = self.ticked.load(Ordering::Relaxed) + self.pace.load(Ordering::Relaxed);
+        Some(std::time::Duration::from_millis(due.saturating_sub(crate::sys::now_ms())))
     }
 
-    /// A look, every [`TICK`] while faults come, by the worker.
+    /// Something is not as it was at the last tick: the next one comes soon.
+    fn hurry(&self, space: &Space) {
+        if self.pace.swap(FIRST_TICK_MS, Ordering::Relaxed) != FIRST_TICK_MS {
+            space.wake_worker();
+        }
+    }
+
+    /// A look at all threads and handlers, by the worker.
     pub fn tick(&self, space: &Space) {
+        let now = crate::sys::now_ms();
+        let elapsed = (now - self.ticked.swap(now, Ordering::Relaxed)).clamp(1, LAST_TICK_MS);
+        let fast = FAST * elapsed.div_ceil(FIRST_TICK_MS);
         let mut busy: Vec<(u64, u32)> = Vec::new();
         let mut total = 0;
         for t in &self.threads {
-            let now = t.faults.load(Ordering::Relaxed);
-            let new = now - t.seen.swap(now, Ordering::Relaxed);
+            let n = t.faults.load(Ordering::Relaxed);
+            let new = n - t.seen.swap(n, Ordering::Relaxed);
             total += new;
             let cpu = t.cpu.load(Ordering::Relaxed);
             match busy.iter_mut().find(|b| b.1 == cpu) {
                 Some(b) => b.0 += new,
-                None if new >= FAST => busy.push((new, cpu)),
+                None if new >= fast => busy.push((new, cpu)),
                 None => {}
             }
         }
@@ -213,7 +279,7 @@ impl Follow {
             self.quiet.store(0, Ordering::Relaxed);
         }
         busy.sort_unstable_by(|a, b| b.cmp(a));
-        self.place(space, &busy);
+        let mut changed = self.place(space, &busy);
         for h in &self.handlers {
             let tid = h.tid.load(Ordering::Relaxed);
             if tid == 0 || tid == STARTING {
@@ -224,17 +290,28 @@ impl Follow {
             // A thread that it wakes takes its place at once, and no fault waits meanwhile.
             let waking = h.waking.load(Ordering::Relaxed);
             let harmless = waking - h.waking_seen.swap(waking, Ordering::Relaxed);
-            let waited = waited.saturating_sub(harmless);
-            let served = waited < TICK.as_nanos() as u64 / 4;
-            let want = total >= FAST && served;
-            if h.idle_policy.swap(want, Ordering::Relaxed) != want {
+            let starved = waited.saturating_sub(harmless) >= elapsed * 1_000_000 / 4;
+            let idle = h.idle_policy.load(Ordering::Relaxed);
+            let penance = h.penance.load(Ordering::Relaxed);
+            if idle && starved {
+                h.penance_until.store(now + penance, Ordering::Relaxed);
+                h.penance.store((2 * penance).min(LAST_PENANCE_MS), Ordering::Relaxed);
+            } else if idle {
+                h.penance.store((penance - penance / 16).max(FIRST_PENANCE_MS), Ordering::Relaxed);
+            }
+            let want = total >= fast && !starved && now >= h.penance_until.load(Ordering::Relaxed);
+            if idle != want {
+                h.idle_policy.store(want, Ordering::Relaxed);
                 crate::sys::set_idle_policy(tid, want);
+                changed = true;
             }
         }
+        let pace = if changed { FIRST_TICK_MS } else { 2 * self.pace.load(Ordering::Relaxed) };
+        self.pace.store(pace.min(LAST_TICK_MS), Ordering::Relaxed);
     }
 
-    /// One handler for each busy CPU; one that is on such a CPU already stays.
-    fn place(&self, space: &Space, busy: &[(u64, u32)]) {
+    /// One handler for each busy CPU; one that is on such a CPU already stays. Whether anything changed.
+    fn place(&self, space: &Space, busy: &[(u64, u32)]) -> bool {
         // With raw mapping changes about, one after the other: what one handler resolves must not overtake what
         // another has been told.
         let most = if space.faults.raw_changes() { 1 } else { HANDLERS };
@@ -270,11 +347,13 @@ impl Follow {
             }
         }
         let before = self.active.swap(want as u32, Ordering::Relaxed);
-        if before != want as u32 || moved {
+        let changed = before != want as u32 || moved;
+        if changed {
             self.move_worker();
         }
         if before < want as u32 {
             crate::sys::futex_wake(&self.active, i32::MAX);
         }
+        changed
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::Change;
+use super::follow::Idler;
 use crate::reclaim::Hands;
 use crate::space::{Space, World};
 use crate::sys::uffd::{self, MSG_BATCH, Msg};
@@ -19,6 +20,7 @@ pub fn run(space: &'static Space, index: usize) -> ! {
     let mut hands = Hands::new();
     let mut messages = [Msg::Unknown(0); MSG_BATCH];
     let mut looked = false;
+    let mut idler = Idler::default();
     loop {
         // A thread that was woken has run in our place; when we get our turn again, its next fault is there already.
         let n = match space.faults.read(fd, &mut messages, |m| space.event(m)) {
@@ -28,6 +30,7 @@ pub fn run(space: &'static Space, index: usize) -> ! {
             Err(e) => crate::sys::fatal(&format!("cannot read page faults: {e}")),
         };
         if n == 0 && !looked {
+            space.faults.follow.nothing_to_do(space, index, &mut idler);
             let turn = space.faults.follow.turn(index);
             uffd::wait(fd, if space.faults.waits() { Some(AGAIN) } else { turn });
             // What was put aside is looked at after each wait, whatever ended it.
@@ -41,7 +44,9 @@ pub fn run(space: &'static Space, index: usize) -> ! {
         for m in &messages[..n] {
             if let Msg::Fault { addr, tid } = *m {
                 space.faults.follow.fault(space, index, tid);
-                space.fault(index, addr, tid, &mut hands);
+                if let Some(ns) = space.fault(addr, tid, &mut hands) {
+                    space.faults.follow.woke(index, &mut idler, tid, ns);
+                }
             }
         }
         // One round: what has to be put aside again waits for the next message or the bell.
@@ -50,7 +55,7 @@ pub fn run(space: &'static Space, index: usize) -> ! {
                 break;
             }
             let Some((addr, tid)) = space.faults.next_fault() else { break };
-            space.fault(index, addr, tid, &mut hands);
+            let _woken_late = space.fault(addr, tid, &mut hands);
         }
     }
 }

@@ -10,7 +10,7 @@ mod resolve;
 mod stream;
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{MutexGuard, PoisonError};
 
 use stream::Streams;
@@ -73,8 +73,6 @@ pub struct Faults {
     bell: AtomicUsize,
     /// Manager threads, whose own faults are resolved without locks.
     managers: [AtomicU32; MANAGERS],
-    /// Faults handled, for the scheduler's sake.
-    pub(crate) handled: AtomicU64,
     /// See [`follow`].
     pub(crate) follow: follow::Follow,
 }
@@ -91,7 +89,6 @@ impl Faults {
             streams: std::sync::Mutex::new(Streams::default()),
             bell: AtomicUsize::new(0),
             managers: [const { AtomicU32::new(0) }; MANAGERS],
-            handled: AtomicU64::new(0),
             follow: follow::Follow::new(),
         }
     }

@@ -35,13 +35,16 @@ enum Why {
 const MAX_GRANT: usize = 16 << 20;
 
 impl Space {
-    /// Resolves a fault, or puts it aside. Wakes the thread last, with no lock held: it may preempt us there.
-    /// `index`: the handler that does it.
-    pub(crate) fn fault(&self, index: usize, addr: usize, tid: u32, hands: &mut Hands) {
-        let (fd, outcome) = {
+    /// Resolves a fault, or puts it aside (`None`). Wakes the thread last, with no lock held: it may preempt us there.
+    /// Returns how many nanoseconds that took.
+    pub(crate) fn fault(&self, addr: usize, tid: u32, hands: &mut Hands) -> Option<u64> {
+        let fd = {
             // Not before the changes that came before it.
             let free = if self.faults.has_changes() { None } else { self.world.try_read() };
-            let Some(world) = free else { return self.faults.defer(addr, tid) };
+            let Some(world) = free else {
+                self.faults.defer(addr, tid);
+                return None;
+            };
             let outcome = if self.faults.is_manager(tid) {
                 // One of us, who holds locks and wanted to make a page his own that was dropped under him.
                 if world.ranges.granule(addr).is_some_and(|f| f.granule.has(flag::ENTRIES))
@@ -59,14 +62,13 @@ impl Space {
             };
             if outcome == Outcome::Later {
                 self.faults.defer(addr, tid);
+                return None;
             }
-            (world.uffd.raw(), outcome)
+            world.uffd.raw()
         };
-        if outcome == Outcome::Wake {
-            let before = crate::sys::now_ns();
-            crate::sys::uffd::wake(fd, addr, PAGE_SIZE);
-            self.faults.follow.woke(index, crate::sys::now_ns() - before);
-        }
+        let before = crate::sys::now_ns();
+        crate::sys::uffd::wake(fd, addr, PAGE_SIZE);
+        Some(crate::sys::now_ns() - before)
     }
 
     fn resolve(&self, world: &World, addr: usize, hands: &mut Hands) -> Outcome {

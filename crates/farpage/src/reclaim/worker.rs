@@ -11,7 +11,6 @@ use super::evict::Evicted;
 use super::settle::Settled;
 use crate::PAGE_SIZE;
 use crate::domain::state;
-use crate::fault::follow::TICK;
 use crate::space::{Space, World};
 
 /// Pages: where the worker starts and stops, and how long the second-chance queue is.
@@ -45,29 +44,26 @@ pub fn run(space: &'static Space) -> ! {
     space.faults.add_manager(crate::sys::gettid());
     space.faults.follow.worker_started();
     let mut hands = Hands::new();
-    let mut ticked = std::time::Instant::now();
     let mut refilling = false;
+    let tick_if_due = || {
+        if space.faults.follow.next_tick().is_some_and(|d| d.is_zero()) {
+            space.faults.follow.tick(space);
+        }
+    };
     loop {
         let seen = slot.work.load(Ordering::SeqCst);
         let mut busy = false;
         while step(space, &mut hands, &mut refilling) {
             busy = true;
-            if space.faults.follow.active() && ticked.elapsed() >= TICK {
-                space.faults.follow.tick(space);
-                ticked = std::time::Instant::now();
-            }
+            tick_if_due();
         }
-        if space.faults.follow.active() && ticked.elapsed() >= TICK {
-            space.faults.follow.tick(space);
-            ticked = std::time::Instant::now();
-        }
+        tick_if_due();
         if busy {
             continue;
         }
-        let timeout = space.faults.follow.active().then_some(TICK);
         // SeqCst: pairs with `wake_worker`.
         space.asleep.store(true, Ordering::SeqCst);
-        crate::sys::futex_wait(&slot.work, seen, timeout);
+        crate::sys::futex_wait(&slot.work, seen, space.faults.follow.next_tick());
         space.asleep.store(false, Ordering::SeqCst);
     }
 }
