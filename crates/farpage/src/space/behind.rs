@@ -67,11 +67,7 @@ impl Space {
     }
 
     fn removed(&self, world: &World, start: usize, end: usize) {
-        for range in world.ranges.overlapping(start, end) {
-            for f in range.iter().filter(|f| f.end > start && f.start < end) {
-                self.drop_pages(&f, f.start.max(start), f.end.min(end));
-            }
-        }
+        world.ranges.granules(start, end).for_each(|(f, s, e)| self.drop_pages(&f, s, e));
     }
 
     fn unmapped(&self, world: &mut World, start: usize, end: usize) {
@@ -79,10 +75,8 @@ impl Space {
         // mapping of now, not the one that has gone.
         let gone: Vec<(usize, usize)> = world
             .ranges
-            .overlapping(start, end)
-            .flat_map(|r| r.iter())
-            .filter(|f| f.end > start && f.start < end)
-            .map(|f| (f.start.max(start), f.end.min(end)))
+            .granules(start, end)
+            .map(|(_, s, e)| (s, e))
             .filter(|&(s, _)| !self.is_registered(world, s))
             .collect();
         for (s, e) in gone {
@@ -91,8 +85,7 @@ impl Space {
     }
 
     fn moved(&self, world: &mut World, from: usize, to: usize, len: usize) {
-        let founds: Vec<usize> =
-            world.ranges.overlapping(from, from + len).flat_map(|r| r.iter()).map(|f| f.start).collect();
+        let founds: Vec<usize> = world.ranges.granules(from, from + len).map(|(f, ..)| f.start).collect();
         for at in founds {
             let Some(f) = world.ranges.granule(at) else { continue };
             let Some(slot) = f.granule.slot() else { continue };

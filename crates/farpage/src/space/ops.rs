@@ -129,14 +129,11 @@ impl Space {
     /// Pages in DRAM that `[start, end)` is charged for. Call it before the kernel drops them.
     pub fn charge_of(&self, world: &World, start: usize, end: usize) -> u64 {
         let mut pages = 0;
-        for range in world.ranges.overlapping(start, end) {
-            for f in range.iter().filter(|f| f.end > start && f.start < end) {
-                let (s, e) = (f.start.max(start), f.end.min(end));
-                if f.granule.has(flag::GRANTED) {
-                    pages += ((e - s) / PAGE_SIZE) as u64;
-                } else if !f.granule.has(flag::VIRGIN) {
-                    pages += world.resident(s, e);
-                }
+        for (f, s, e) in world.ranges.granules(start, end) {
+            if f.granule.has(flag::GRANTED) {
+                pages += ((e - s) / PAGE_SIZE) as u64;
+            } else if !f.granule.has(flag::VIRGIN) {
+                pages += world.resident(s, e);
             }
         }
         pages
@@ -183,13 +180,12 @@ impl Space {
     /// Puts them back after a call that failed. Who touched a page that is away found nothing there, and the kernel gave him
     /// an empty page: that one goes, the page is where it was.
     pub(super) fn come_back(&self, world: &World, start: usize, end: usize) -> Result<(), Errno> {
-        for range in world.ranges.overlapping(start, end) {
-            for f in range.iter().filter(|f| f.end > start && f.start < end && f.granule.has(flag::ENTRIES)) {
-                let staged = f.granule.slot().map_or(0, |slot| self.slots.staged(slot));
-                for at in (f.start.max(start)..f.end.min(end)).step_by(PAGE_SIZE) {
-                    if staged & window(at, at + PAGE_SIZE) != 0 || self.entries.get(at).is_away() {
-                        crate::sys::drop_page(at);
-                    }
+        let with_entries = world.ranges.granules(start, end).filter(|(f, ..)| f.granule.has(flag::ENTRIES));
+        for (f, s, e) in with_entries {
+            let staged = f.granule.slot().map_or(0, |slot| self.slots.staged(slot));
+            for at in (s..e).step_by(PAGE_SIZE) {
+                if staged & window(at, at + PAGE_SIZE) != 0 || self.entries.get(at).is_away() {
+                    crate::sys::drop_page(at);
                 }
             }
         }
@@ -203,23 +199,18 @@ impl Space {
         end: usize,
         mut f: impl FnMut(usize, usize) -> Result<(), Errno>,
     ) -> Result<(), Errno> {
-        for range in world.ranges.overlapping(start, end) {
-            let mut run: Option<(usize, usize)> = None;
-            for g in range.iter().filter(|g| g.end > start && g.start < end) {
-                let (s, e) = (g.start.max(start), g.end.min(end));
-                if g.granule.has(flag::GRANTED) {
-                    if let Some((s, e)) = run.take() {
-                        f(s, e)?;
-                    }
-                } else {
-                    run = Some((run.map_or(s, |r| r.0), e));
-                }
-            }
-            if let Some((s, e)) = run {
+        // One call for each run of them that lies in one range.
+        let mut run: Option<(usize, usize)> = None;
+        for (g, s, e) in world.ranges.granules(start, end) {
+            let granted = g.granule.has(flag::GRANTED);
+            if let Some((s, e)) = run.take_if(|_| granted || s == g.range.start) {
                 f(s, e)?;
             }
+            if !granted {
+                run = Some((run.map_or(s, |r| r.0), e));
+            }
         }
-        Ok(())
+        run.map_or(Ok(()), |(s, e)| f(s, e))
     }
 
     /// `madvise` that drops pages, with the kernel's part in `call`.
@@ -231,10 +222,8 @@ impl Space {
         call: impl FnOnce() -> Result<R, Errno>,
     ) -> Result<R, Errno> {
         let granted = |w: &World| {
-            let all = w.ranges.overlapping(start, end).flat_map(|r| r.iter());
-            all.filter(|f| f.end > start && f.start < end && f.granule.has(flag::GRANTED))
-                .map(|f| ((f.end.min(end) - f.start.max(start)) / PAGE_SIZE) as u64)
-                .sum::<u64>()
+            let all = w.ranges.granules(start, end).filter(|(f, ..)| f.granule.has(flag::GRANTED));
+            all.map(|(_, s, e)| ((e - s) / PAGE_SIZE) as u64).sum::<u64>()
         };
         let before = self.charge_of(world, start, end) - granted(world);
         self.leave(world, start, end);
@@ -248,11 +237,7 @@ impl Space {
                 return Err(e);
             }
         };
-        for range in world.ranges.overlapping(start, end) {
-            for f in range.iter().filter(|f| f.end > start && f.start < end) {
-                self.drop_pages(&f, f.start.max(start), f.end.min(end));
-            }
-        }
+        world.ranges.granules(start, end).for_each(|(f, s, e)| self.drop_pages(&f, s, e));
         let after = self.charge_of(world, start, end) - granted(world);
         self.domain.uncharge(self.me(), before.saturating_sub(after));
         Ok(result)

@@ -181,6 +181,17 @@ impl Ranges {
         self.map.range(first..end.max(first)).map(|(_, r)| r).filter(move |r| r.end > start && r.start < end)
     }
 
+    /// The granules that overlap `[start, end)`, in address order, each with the first byte and the end of its part of that.
+    pub fn granules(&self, start: usize, end: usize) -> impl Iterator<Item = (Found<'_>, usize, usize)> {
+        self.overlapping(start, end).flat_map(move |range| {
+            let (start, end) = (range.start.max(start), range.end.min(end));
+            (start / GRANULE..end.div_ceil(GRANULE)).map(move |g| {
+                let found = range.granule((g * GRANULE).max(start));
+                (found, found.start.max(start), found.end.min(end))
+            })
+        })
+    }
+
     /// All of them.
     pub fn iter(&self) -> impl Iterator<Item = &Range> {
         self.map.values()
@@ -234,6 +245,15 @@ mod tests {
                     ranges.insert(Range::new(start, end, 0));
                     model.extend(first..first + n);
                 }
+                // The granules of a stretch cover exactly its managed pages, once, in order.
+                let (s, e) = (start.saturating_sub(70 * PAGE_SIZE), end + 70 * PAGE_SIZE);
+                let mut covered = Vec::new();
+                for (f, from, to) in ranges.granules(s, e) {
+                    prop_assert!(f.start <= from && from < to && to <= f.end);
+                    covered.extend(from / PAGE_SIZE..to / PAGE_SIZE);
+                }
+                let managed: Vec<usize> = model.range(s / PAGE_SIZE..e / PAGE_SIZE).copied().collect();
+                prop_assert_eq!(covered, managed);
                 for page in 0..600 {
                     let found = ranges.granule(page * PAGE_SIZE);
                     prop_assert_eq!(found.is_some(), model.contains(&page));

@@ -21,10 +21,7 @@ impl Space {
     ) -> Result<usize, Errno> {
         let (from, old_len) = old;
         // One kernel mapping as the program believes it to be one, and nothing staged that knows its old place.
-        let mut founds = Vec::new();
-        for range in world.ranges.overlapping(from, from + old_len) {
-            founds.extend(range.iter().filter(|f| f.end > from && f.start < from + old_len).map(|f| f.start));
-        }
+        let founds: Vec<usize> = world.ranges.granules(from, from + old_len).map(|(f, ..)| f.start).collect();
         for &at in &founds {
             if let Some(f) = world.ranges.granule(at) {
                 if f.granule.has(flag::GRANTED) {
@@ -119,10 +116,9 @@ impl Space {
         }
         let had_entries: Vec<(usize, usize)> = world
             .ranges
-            .overlapping(from, from + len)
-            .flat_map(|r| r.iter())
-            .filter(|f| f.granule.has(flag::ENTRIES))
-            .map(|f| (f.start.max(from), f.end.min(from + len)))
+            .granules(from, from + len)
+            .filter(|(f, ..)| f.granule.has(flag::ENTRIES))
+            .map(|(_, s, e)| (s, e))
             .collect();
         for &(s, e) in &had_entries {
             for addr in (s..e).step_by(PAGE_SIZE) {
