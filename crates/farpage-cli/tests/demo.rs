@@ -5,12 +5,14 @@ use std::process::Command;
 
 mod common;
 
+use common::{FARPAGE, runs_here};
+
 #[test]
 fn the_demonstration_ends_with_the_right_result_within_its_dram() {
-    if !common::runs_here() {
+    if !runs_here() {
         return;
     }
-    let output = Command::new(env!("CARGO_BIN_EXE_farpage")).arg("demo").output().unwrap();
+    let output = Command::new(FARPAGE).arg("demo").output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{out}{err}");
     assert!(out.contains("Verified"), "{out}{err}");

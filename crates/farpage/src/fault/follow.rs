@@ -161,6 +161,9 @@ impl Follow {
     /// A fault of thread `tid` reached handler `index`, who runs this.
     pub fn fault(&self, space: &Space, index: usize, tid: u32) {
         if self.quiet.load(Ordering::Relaxed) >= QUIET {
+            // A first tick of the usual length, not one that reaches back to the last fault.
+            self.ticked.store(crate::sys::now_ms(), Ordering::Relaxed);
+            self.pace.store(FIRST_TICK_MS, Ordering::Relaxed);
             self.quiet.store(0, Ordering::Relaxed);
             space.wake_worker();
         }

@@ -41,12 +41,15 @@ pub fn run(space: &'static Space, index: usize) -> ! {
         if space.faults.has_changes() {
             space.try_apply_changes();
         }
+        let mut resolve = |addr, tid| {
+            if let Some(ns) = space.fault(addr, tid, &mut hands) {
+                space.faults.follow.woke(index, &mut idler, tid, ns);
+            }
+        };
         for m in &messages[..n] {
             if let Msg::Fault { addr, tid } = *m {
                 space.faults.follow.fault(space, index, tid);
-                if let Some(ns) = space.fault(addr, tid, &mut hands) {
-                    space.faults.follow.woke(index, &mut idler, tid, ns);
-                }
+                resolve(addr, tid);
             }
         }
         // One round: what has to be put aside again waits for the next message or the bell.
@@ -55,7 +58,7 @@ pub fn run(space: &'static Space, index: usize) -> ! {
                 break;
             }
             let Some((addr, tid)) = space.faults.next_fault() else { break };
-            let _woken_late = space.fault(addr, tid, &mut hands);
+            resolve(addr, tid);
         }
     }
 }

@@ -221,11 +221,14 @@ impl Space {
         end: usize,
         call: impl FnOnce() -> Result<R, Errno>,
     ) -> Result<R, Errno> {
-        let granted = |w: &World| {
-            let all = w.ranges.granules(start, end).filter(|(f, ..)| f.granule.has(flag::GRANTED));
-            all.map(|(_, s, e)| ((e - s) / PAGE_SIZE) as u64).sum::<u64>()
+        // A grant is charged whole, whatever of it is there.
+        let charged_by_page = |w: &World| {
+            let all = w.ranges.granules(start, end);
+            all.filter(|(f, ..)| !f.granule.has(flag::GRANTED | flag::VIRGIN))
+                .map(|(_, s, e)| w.resident(s, e))
+                .sum::<u64>()
         };
-        let before = self.charge_of(world, start, end) - granted(world);
+        let before = charged_by_page(world);
         self.leave(world, start, end);
         let result = match call() {
             Ok(result) => {
@@ -238,7 +241,7 @@ impl Space {
             }
         };
         world.ranges.granules(start, end).for_each(|(f, s, e)| self.drop_pages(&f, s, e));
-        let after = self.charge_of(world, start, end) - granted(world);
+        let after = charged_by_page(world);
         self.domain.uncharge(self.me(), before.saturating_sub(after));
         Ok(result)
     }
