@@ -15,11 +15,13 @@ pub enum Transfer<'a, 'b> {
     Read(u64, &'a mut [IoSliceMut<'b>]),
 }
 
-/// A ring for one file, for the process that made it. The ring holds its own reference to the file, so it keeps
+/// A ring for one file, for the thread that made it: the manager's threads have descriptor tables of their own, so in another
+/// thread the ring's descriptor may be another ring's. The ring holds its own reference to the file, so it keeps
 /// working when the program closes the file's descriptor.
 pub struct Ring {
     ring: ManuallyDrop<IoUring>,
     pid: i32,
+    tid: u32,
 }
 
 impl Ring {
@@ -36,13 +38,18 @@ impl Ring {
         let ring =
             IoUring::builder().dontfork().setup_cqsize(Self::SIGN.1).build(Self::SIGN.0).map_err(errno)?;
         ring.submitter().register_files(&[file.as_raw_fd()]).map_err(errno)?;
-        Ok(Self { ring: ManuallyDrop::new(ring), pid: pid() })
+        Ok(Self { ring: ManuallyDrop::new(ring), pid: pid(), tid: super::gettid() })
     }
 
-    /// Whether this process made the ring. A child that inherited the object must not use it: the ring is its
+    /// Whether this thread made the ring. A child that inherited the object must not use it either: the ring is its
     /// parent's, and its memory is not mapped in the child.
     pub fn is_ours(&self) -> bool {
-        self.pid == pid()
+        self.tid == super::gettid() && self.pid == pid()
+    }
+
+    /// Whether another thread of this process made the ring, and may go on using it.
+    pub fn is_anothers(&self) -> bool {
+        self.pid == pid() && self.tid != super::gettid()
     }
 
     /// Runs up to [`Self::MAX`] transfers and waits for all of them. Each result is a number of bytes or a negated
@@ -106,7 +113,7 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         // In a child the ring's memory is not mapped, and unmapping its addresses would hit something else: leave all
-        // of it. In the process that made it, close it if its descriptor is still a ring's.
+        // of it. In the thread that made it, close it if its descriptor is still a ring's.
         let path = format!("/proc/self/fd/{}", self.ring.as_raw_fd());
         let is_ring = std::fs::read_link(path).is_ok_and(|p| p.as_os_str() == "anon_inode:[io_uring]");
         if self.is_ours() && is_ring {

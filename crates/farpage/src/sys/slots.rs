@@ -32,6 +32,11 @@ impl<T, const N: usize> Slots<T, N> {
 
     /// A free value, or one that only a parent process was using, or `None`: all are in use.
     pub fn try_take(&self) -> Option<Taken<'_, T>> {
+        self.try_take_if(|_| true)
+    }
+
+    /// As [`Self::try_take`], one that `suits` accepts, or that only a parent process was using.
+    pub fn try_take_if(&self, suits: impl Fn(&T) -> bool) -> Option<Taken<'_, T>> {
         let me = rustix::process::getpid().as_raw_nonzero().get();
         for (holder, value) in self.holders.iter().zip(&self.values) {
             let now = holder.load(Ordering::Relaxed);
@@ -39,7 +44,10 @@ impl<T, const N: usize> Slots<T, N> {
             if now != me && holder.compare_exchange(now, me, Ordering::Acquire, Ordering::Relaxed).is_ok() {
                 // SAFETY: the exchange made this thread the slot's only user in this process: another thread of
                 // it would have left our process id there, and a parent's threads have their own copy of the memory.
-                return Some(Taken { holder, value: unsafe { &mut *value.get() }, stale: now != 0 });
+                let taken = Taken { holder, value: unsafe { &mut *value.get() }, stale: now != 0 };
+                if taken.stale || suits(taken.value) {
+                    return Some(taken);
+                }
             }
         }
         None

@@ -133,7 +133,8 @@ impl File {
         if transfers.len() < 2 || !self.ring_allowed.load(Relaxed) {
             return false;
         }
-        let Some(mut slot) = self.rings.try_take() else { return false };
+        let usable = |ring: &Option<Ring>| ring.as_ref().is_none_or(|ring| !ring.is_anothers());
+        let Some(mut slot) = self.rings.try_take_if(usable) else { return false };
         if slot.stale || slot.as_ref().is_none_or(|ring| !ring.is_ours()) {
             match Ring::new(file) {
                 Ok(ring) => *slot = Some(ring),

@@ -133,6 +133,28 @@ fn a_forked_child_makes_its_own_ring() {
     check_pages(&dev, &other);
 }
 
+/// The manager's threads each have a descriptor table of their own, in which the same number is another ring.
+#[test]
+fn threads_with_their_own_descriptors_use_their_own_rings() {
+    let dir = tempfile::tempdir().unwrap();
+    let dev = file_in(dir.path(), "1M");
+    let pages = scattered();
+    assert!(store_all(&dev, &pages).iter().all(Result::is_ok));
+    let together = std::sync::Barrier::new(3);
+    std::thread::scope(|s| {
+        for _ in 0..3 {
+            s.spawn(|| {
+                crate::sys::keep_only(&[]);
+                for _ in 0..20 {
+                    // All at once, so that each takes another's turn at the rings.
+                    together.wait();
+                    check_pages(&dev, &pages);
+                }
+            });
+        }
+    });
+}
+
 /// With RLIMIT_FSIZE, writing beyond it sends SIGXFSZ, inside the file as well. In a child: limits are a process's.
 #[test]
 fn a_limit_on_file_size_is_full_and_not_a_signal() {
