@@ -17,8 +17,8 @@ pub const TEMPLATES: usize = 64;
 /// What the pages hold.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Content {
-    /// One contiguous part of pseudo-random bytes, the rest one short pattern repeated: an LZ4 form of
-    /// 1/ratio that is one long literal run and one long match, and so decompresses fast.
+    /// One contiguous part of pseudo-random bytes, again and again: an LZ4 form of 1/ratio that is one long literal run
+    /// and one long match, and so decompresses fast.
     Ratio(f64),
     /// Words of a small vocabulary: an LZ4 form of many short matches, which decompresses slowly.
     Text,
@@ -107,9 +107,10 @@ fn page(content: Content, random: &mut Random) -> [u64; WORDS] {
     match content {
         Content::Ratio(ratio) => {
             let noise = (WORDS as f64 / ratio).round() as usize;
-            let pattern = random.next_u64();
-            for (i, word) in page.iter_mut().enumerate() {
-                *word = if i < noise { random.next_u64() } else { pattern };
+            // Not one repeated word: LZ4 copies a match that is 8 bytes back word by word, each waiting for the
+            // one before, which takes 1.1 µs for 3 KiB where a match further back takes 0.1.
+            for i in 0..WORDS {
+                page[i] = if i < noise { random.next_u64() } else { page[i - noise] };
             }
         }
         Content::Text => {
