@@ -21,7 +21,7 @@ pub struct Sum(pub [u32; 3]);
 impl Sum {
     /// The checksum of a page.
     pub fn of(page: &Page) -> Self {
-        let h = xxhash_rust::xxh3::xxh3_128(&page.0);
+        let h = twox_hash::XxHash3_128::oneshot(&page.0);
         Self([h as u32, (h >> 32) as u32, (h >> 64) as u32])
     }
 }

@@ -3,16 +3,17 @@
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
-use crate::device::DeviceError;
+use arrayvec::ArrayVec;
+
+use crate::PAGE_SIZE;
+use crate::device::{DeviceError, LoadOp};
 use crate::domain::Counter;
 use crate::domain::entry::Entry;
 use crate::reclaim::{Frames, Hands};
 use crate::space::ops::window;
-use crate::space::range::{Found, GRANULE, GRANULE_PAGES, flag};
+use crate::space::range::{Found, GRANULE, GRANULE_PAGES, Range, Stretch, flag};
 use crate::space::{Space, World, slots};
 use crate::sys::uffd::Stop;
-use crate::{PAGE_SIZE, Page};
-
 /// What became of a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
@@ -20,6 +21,14 @@ enum Outcome {
     Wake,
     /// An event is pending: put aside.
     Later,
+}
+
+/// Pages that one device loads with one call.
+struct Loads<'a> {
+    device: u8,
+    /// The first one's number among those that are filled; the others follow.
+    first: usize,
+    ops: ArrayVec<LoadOp<'a>, GRANULE_PAGES>,
 }
 
 /// Why pages are brought in.
@@ -92,32 +101,32 @@ impl Space {
             self.enqueue(&found);
         }
         let entry = if granule.has(flag::ENTRIES) { self.entries.get(addr) } else { Entry::Kernel };
-        let window = self.faults.streams().fault(addr);
-        let mut want = window.min((found.end - addr) / PAGE_SIZE);
-        if entry == Entry::Kernel && window > 1 {
-            self.count(Counter::FaultsZero, 1);
-        } else if entry == Entry::Kernel {
-            self.count(Counter::FaultsZero, 1);
-            want = 1;
-        } else {
-            self.count(Counter::FaultsDevice, 1);
-        }
+        let window = self.faults.streams().fault(addr, self.most_together() * GRANULE_PAGES);
         if entry == Entry::Lost {
+            self.count(Counter::FaultsDevice, 1);
             return self.poison(world, addr);
         }
-        let outcome = self.bring_in(world, &found, addr, want, Why::Fault, hands).1;
-        if window >= GRANULE_PAGES && found.end < found.range.end {
-            self.ask_ahead(&found, window);
+        if entry == Entry::Kernel {
+            self.count(Counter::FaultsZero, 1);
+            // What nobody has written yet is not brought in far ahead of use.
+            let want = window.min((found.end - addr) / PAGE_SIZE);
+            return self.bring_in(world, found.range, addr, want, Why::Fault, hands).1;
+        }
+        self.count(Counter::FaultsDevice, 1);
+        let want = window.min((found.range.end - addr) / PAGE_SIZE);
+        let (done, outcome) = self.bring_in(world, found.range, addr, want, Why::Fault, hands);
+        if window >= GRANULE_PAGES {
+            let next = addr + done * PAGE_SIZE;
+            self.ask_ahead(next, (next + window * PAGE_SIZE).min(found.range.end));
         }
         outcome
     }
 
     /// The worker brings in what follows a stream.
-    fn ask_ahead(&self, found: &Found<'_>, window: usize) {
+    fn ask_ahead(&self, start: usize, end: usize) {
         let mut ahead = self.ahead.lock();
-        if ahead.len() < 64 {
-            let granules = window / GRANULE_PAGES;
-            ahead.extend((0..granules).map(|i| found.end + i * GRANULE).filter(|&a| a < found.range.end));
+        if start < end && ahead.len() < 64 {
+            ahead.push_back((start, end));
             drop(ahead);
             self.wake_worker();
         }
@@ -208,84 +217,51 @@ impl Space {
         Some(outcome)
     }
 
-    /// Brings up to `want` pages from `addr` (in one granule) into DRAM. Returns how many came, and what to tell
-    /// the thread that waits for the first.
+    /// Brings up to `want` pages from `addr` (in one range) into DRAM. Returns how many came, and what to tell the thread
+    /// that waits for the first.
     fn bring_in(
         &self,
         world: &World,
-        found: &Found<'_>,
+        range: &Range,
         addr: usize,
         want: usize,
         why: Why,
         hands: &mut Hands,
     ) -> (usize, Outcome) {
         let frames = self.frames(world, want, hands);
-        let granule = found.granule;
-        let guard = granule.lock();
-        let staged = granule.slot().map_or(0, |s| self.slots.staged(s));
-        let has_entries = granule.has(flag::ENTRIES);
-        let base = found.start / GRANULE * GRANULE;
-        let entry_of = |at: usize| if has_entries { self.entries.get(at) } else { Entry::Kernel };
-        let kind = |e: Entry| matches!(e, Entry::Kernel);
-        let first = entry_of(addr);
-        // Of the same kind, and not in DRAM as far as we know: a run that one call installs.
-        let mut n = 0;
-        let mut failed = None;
-        while n < frames.pages() {
-            let at = addr + n * PAGE_SIZE;
-            let e = entry_of(at);
-            let is_staged = staged & slots::mask((at - base) / PAGE_SIZE, 1) != 0;
-            if is_staged || matches!(e, Entry::Copied(..) | Entry::Lost) || kind(e) != kind(first) {
-                break;
-            }
-            let page: &mut Page = match frames {
-                // The frame is ours since `frames` took it.
-                Frames::Slot(run) => self.slots.taken_page(run.slot, run.first + n),
-                Frames::Kernel(_) => &mut hands.pages[n],
-            };
-            match e {
-                Entry::Kernel => page.0.fill(0),
-                Entry::Same(v) => page.fill(v),
-                Entry::Away(dev, pfn) => {
-                    let (result, bad) = self.domain.pagemap(dev).load(pfn, page);
-                    self.count(Counter::LoadErrors, bad);
-                    if let Err(e) = result {
-                        // Only the page that was asked for is given up; one ahead of use is tried again in its turn.
-                        if n == 0 {
-                            self.load_failed(dev, at, &e);
-                            failed = Some(e);
-                        }
-                        break;
-                    }
-                }
-                Entry::Copied(..) | Entry::Lost => {}
-            }
-            n += 1;
-        }
+        let stretch = range.stretch(addr, addr + frames.pages() * PAGE_SIZE);
+        let guards = stretch.lock();
+        let first = self.entry_in(&stretch[0], addr);
+        let (n, failed) = self.fill(&stretch, addr, frames, hands);
         let (done, stop) = self.install(world, frames, n, addr, hands);
-        for k in 0..done {
-            let at = addr + k * PAGE_SIZE;
-            match entry_of(at) {
+        let end = addr + done * PAGE_SIZE;
+        for at in (addr..end).step_by(PAGE_SIZE) {
+            match self.entry_in(&stretch[at / GRANULE - addr / GRANULE], at) {
                 Entry::Away(dev, pfn) => self.entries.set(at, Entry::Copied(dev, pfn)),
                 Entry::Same(_) => self.entries.set(at, Entry::Kernel),
                 _ => {}
             }
         }
-        if done > 0 {
-            if granule.slot().is_some() {
-                granule.set(flag::REQUEUE);
+        for found in stretch.iter().filter(|f| f.start < end) {
+            if found.granule.slot().is_some() {
+                found.granule.set(flag::REQUEUE);
             } else {
                 self.enqueue(found);
             }
-            if first != Entry::Kernel {
-                self.count(Counter::PagesIn, done as u64);
-            }
+        }
+        if done > 0 && first != Entry::Kernel {
+            self.count(Counter::PagesIn, done as u64);
+        }
+        if done > 0 && self.full.load(Ordering::Relaxed) {
+            // No device takes another page: what these leave behind there lets others out.
+            self.put_entries(addr, end);
+            self.stuck_until.store(0, Ordering::Relaxed);
         }
         // A second thread's fault on the page comes when it is there already. If it is not, we have lost it. (What nobody
         // waits for may have been moved away behind our back.)
         let gone = why == Why::Fault
             && n == 0
-            && staged & window(addr, addr + PAGE_SIZE) == 0
+            && !self.is_staged(&stretch[0], addr)
             && matches!(first, Entry::Copied(..))
             && world.scan.count(addr, addr + PAGE_SIZE) == Ok(0);
         if gone {
@@ -294,47 +270,129 @@ impl Space {
                 std::process::id()
             ));
         }
-        if failed.is_some() || gone {
+        // Only the page that was asked for is given up; one ahead of use is tried again in its turn.
+        if n == 0
+            && let Some((dev, e)) = &failed
+        {
+            self.load_failed(*dev, addr, e);
+        }
+        if n == 0 && (failed.is_some() || gone) {
             self.give_up(addr);
-            drop(guard);
+            drop(guards);
             return (0, self.poison(world, addr));
         }
+        drop(guards);
+        self.faults.streams().served(addr, end);
         let outcome = if done == 0 && stop == Some(Stop::Again) { Outcome::Later } else { Outcome::Wake };
         (done, outcome)
     }
 
-    /// Prefetch: brings in what of the granule at `addr` is on a device. Returns how many pages came.
-    pub(crate) fn prefetch(&self, world: &World, addr: usize, hands: &mut Hands) -> usize {
-        let Some(found) = world.ranges.granule(addr).filter(|f| f.granule.has(flag::ENTRIES)) else {
-            return 0;
-        };
+    /// The page's entry; no look at those of a granule that has none.
+    fn entry_in(&self, found: &Found<'_>, at: usize) -> Entry {
+        if found.granule.has(flag::ENTRIES) { self.entries.get(at) } else { Entry::Kernel }
+    }
+
+    fn is_staged(&self, found: &Found<'_>, at: usize) -> bool {
+        let staged = found.granule.slot().map_or(0, |s| self.slots.staged(s));
+        staged & window(at, at + PAGE_SIZE) != 0
+    }
+
+    /// Fills `frames` with the pages from `addr` on, as far as they are of the same kind (never touched, or away) and not in
+    /// DRAM as far as we know: a run that one call installs. Under the granules' locks. Returns how many, and what
+    /// made it stop if that was a device.
+    fn fill(
+        &self,
+        stretch: &Stretch<'_>,
+        addr: usize,
+        frames: Frames,
+        hands: &mut Hands,
+    ) -> (usize, Option<(u8, DeviceError)>) {
+        let fresh = self.entry_in(&stretch[0], addr) == Entry::Kernel;
+        let mut buffers = hands.pages.iter_mut();
+        let mut loads = Loads { device: 0, first: 0, ops: ArrayVec::new() };
+        let mut n = 0;
+        while n < frames.pages() {
+            let at = addr + n * PAGE_SIZE;
+            let Some(found) = stretch.get(at / GRANULE - addr / GRANULE) else { break };
+            let entry = self.entry_in(found, at);
+            let here = matches!(entry, Entry::Copied(..) | Entry::Lost) || self.is_staged(found, at);
+            if here || (entry == Entry::Kernel) != fresh {
+                break;
+            }
+            let page = match frames {
+                // The frames are ours since `frames` took them.
+                Frames::Slot(run) => self.slots.taken_page(run, n),
+                Frames::Kernel(_) => match buffers.next() {
+                    Some(page) => page,
+                    None => break,
+                },
+            };
+            let goes_on = matches!(entry, Entry::Away(dev, _) if dev == loads.device && !loads.ops.is_full());
+            if !goes_on && let Err((good, e)) = self.load(&mut loads) {
+                return (good, Some(e));
+            }
+            match entry {
+                Entry::Kernel => page.0.fill(0),
+                Entry::Same(v) => page.fill(v),
+                Entry::Away(device, pfn) => {
+                    if loads.ops.is_empty() {
+                        (loads.device, loads.first) = (device, n);
+                    }
+                    loads.ops.push(LoadOp { pfn, page, result: Err(DeviceError::Corrupt) });
+                }
+                Entry::Copied(..) | Entry::Lost => {}
+            }
+            n += 1;
+        }
+        match self.load(&mut loads) {
+            Ok(()) => (n, None),
+            Err((good, e)) => (good, Some(e)),
+        }
+    }
+
+    /// Loads what has been gathered. On an error: the number of the page that could not be loaded, and why.
+    fn load(&self, loads: &mut Loads<'_>) -> Result<(), (usize, (u8, DeviceError))> {
+        if loads.ops.is_empty() {
+            return Ok(());
+        }
+        let (good, bad, result) = self.domain.pagemap(loads.device).load(&mut loads.ops);
+        self.count(Counter::LoadErrors, bad);
+        loads.ops.clear();
+        result.map_err(|e| (loads.first + good, (loads.device, e)))
+    }
+
+    /// Prefetch: brings in what of `[start, end)` is on a device. Returns how many pages came.
+    pub(crate) fn prefetch(&self, world: &World, start: usize, end: usize, hands: &mut Hands) -> usize {
         if self.faults.raw_changes() {
             return 0; // what is away may be dropped or moved behind our back just now
         }
         let mut total = 0;
-        let mut at = found.start;
-        while at < found.end {
-            let away = |a: usize| matches!(self.entries.get(a), Entry::Away(..) | Entry::Same(_));
-            if !away(at) {
-                at += PAGE_SIZE;
-                continue;
-            }
-            let run = (at..found.end).step_by(PAGE_SIZE).take_while(|&a| away(a)).count();
-            // Only out of the stock: what nobody has asked for yet must push nobody out.
-            if self.slots.free_frames() < run as u64 && self.pressure.load(Ordering::Relaxed) {
-                break;
-            }
-            let (done, outcome) = self.bring_in(world, &found, at, run, Why::Ahead, hands);
-            total += done;
-            at += done.max(1) * PAGE_SIZE;
-            if outcome == Outcome::Later {
-                break;
+        'granules: for (found, s, e) in world.ranges.granules(start, end) {
+            let away = |a: usize| {
+                matches!(self.entry_in(&found.range.granule(a), a), Entry::Away(..) | Entry::Same(_))
+            };
+            let mut at = s;
+            while at < e {
+                if !away(at) {
+                    at += PAGE_SIZE;
+                    continue;
+                }
+                // As far as it goes; what lies in further granules is found to be there when it is their turn.
+                let most = (at + self.most_together() * GRANULE).min(end).min(found.range.end);
+                let run = (at..most).step_by(PAGE_SIZE).take_while(|&a| away(a)).count();
+                // Only out of the stock: what nobody has asked for yet must push nobody out.
+                if self.slots.free_frames() < run as u64 && self.pressure.load(Ordering::Relaxed) {
+                    break 'granules;
+                }
+                let (done, outcome) = self.bring_in(world, found.range, at, run, Why::Ahead, hands);
+                total += done;
+                at += done.max(1) * PAGE_SIZE;
+                if outcome == Outcome::Later {
+                    break 'granules;
+                }
             }
         }
-        if total > 0 {
-            self.faults.streams().served(found.start, found.end);
-            self.count(Counter::Prefetched, total as u64);
-        }
+        self.count(Counter::Prefetched, total as u64);
         total
     }
 

@@ -1,12 +1,10 @@
 //! Streams: who reads page after page is given many at once.
 
 use crate::PAGE_SIZE;
-use crate::space::range::{GRANULE, GRANULE_PAGES};
+use crate::space::range::GRANULE;
 
 /// Streams followed at once.
 const STREAMS: usize = 16;
-/// The most granules brought in ahead of a stream.
-const AHEAD: usize = 8;
 
 #[derive(Clone, Copy, Default)]
 struct Stream {
@@ -24,29 +22,27 @@ pub(crate) struct Streams {
 }
 
 impl Streams {
-    /// A fault at page `addr`: how many pages from there to bring in. 1 where no stream is seen.
-    pub fn fault(&mut self, addr: usize) -> usize {
-        // A fault a little behind `next` is one in a granule that was still being brought in.
+    /// A fault at page `addr`: how many pages from there to bring in, at most `most`. 1 where no stream is seen.
+    pub fn fault(&mut self, addr: usize, most: usize) -> usize {
         for s in &mut self.streams {
-            if s.window != 0 && addr >= s.next && addr < s.next + GRANULE {
-                let hit = addr == s.next || s.window >= GRANULE_PAGES;
-                if !hit {
-                    continue;
-                }
-                s.window = (s.window * 4).min(GRANULE_PAGES * AHEAD);
-                s.next = addr + s.window.min(GRANULE_PAGES) * PAGE_SIZE;
-                return s.window;
+            // Once it is wide, a stream may skip what is there already.
+            let reach = if s.window >= most { GRANULE } else { PAGE_SIZE };
+            if s.window != 0 && addr >= s.next && addr < s.next + reach {
+                let window = s.window;
+                s.window = (s.window * 4).min(most);
+                s.next = addr + PAGE_SIZE;
+                return window.min(most);
             }
         }
-        self.streams[self.oldest] = Stream { next: addr + PAGE_SIZE, window: 2 };
+        self.streams[self.oldest] = Stream { next: addr + PAGE_SIZE, window: 8 };
         self.oldest = (self.oldest + 1) % STREAMS;
         1
     }
 
-    /// The stream that would fault at `from` has been served up to `to`.
+    /// The pages from `from` to before `to` have been brought in: the stream that is about there goes on behind them.
     pub fn served(&mut self, from: usize, to: usize) {
         for s in &mut self.streams {
-            if s.window > 2 && from <= s.next && s.next < to {
+            if s.window != 0 && from <= s.next && s.next < to {
                 s.next = to;
             }
         }
@@ -57,16 +53,26 @@ impl Streams {
 mod tests {
     use super::*;
 
+    const MOST: usize = 512;
+
     #[test]
     fn sequential_faults_open_a_window_and_random_ones_do_not() {
         let mut s = Streams::default();
-        let base = 1 << 30;
-        assert_eq!(s.fault(base), 1);
-        assert_eq!(s.fault(base + PAGE_SIZE), 8);
-        assert_eq!(s.fault(base + 9 * PAGE_SIZE), 32);
-        assert_eq!(s.fault(base + 41 * PAGE_SIZE), 128);
+        let mut at = 1 << 30;
+        for window in [1, 8, 32, 128, 512, 512] {
+            assert_eq!(s.fault(at, MOST), window);
+            s.served(at, at + window * PAGE_SIZE);
+            at += window * PAGE_SIZE;
+        }
+        // What came in part goes on where it ended, and what another brought in is passed over.
+        assert_eq!(s.fault(at, MOST), 512);
+        s.served(at, at + 100 * PAGE_SIZE);
+        assert_eq!(s.fault(at + 100 * PAGE_SIZE, MOST), 512);
+        s.served(at + 100 * PAGE_SIZE, at + 200 * PAGE_SIZE);
+        s.served(at + 200 * PAGE_SIZE, at + 600 * PAGE_SIZE);
+        assert_eq!(s.fault(at + 600 * PAGE_SIZE, MOST), 512);
         for i in 0..100 {
-            assert_eq!(s.fault((1 << 33) + i * 37 * GRANULE), 1);
+            assert_eq!(s.fault((1 << 33) + i * 37 * GRANULE, MOST), 1);
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Here the counts of [`crate::frame`] and the storage of [`crate::device`] meet: allocation takes a frame
 //! from 0 to 1, and the last `put`, of whatever type, runs the one path that hands it back.
 
-use crate::device::{Device, DeviceError, Sum};
+use crate::device::{Device, DeviceError, LoadOp, Sum};
 use crate::frame::{FrameTable, GetError, Owner, Pfn};
 use crate::sys::SharedArea;
 
@@ -81,20 +81,26 @@ impl Pagemap {
         pfns.iter().for_each(|&p| self.frames.release(p));
     }
 
-    /// Loads a frame that the caller holds a reference to, verified against its checksum; tried again
-    /// before it is given up. Also returns how many attempts went wrong.
-    pub fn load(&self, pfn: Pfn, page: &mut crate::Page) -> (Result<(), DeviceError>, u64) {
-        let mut error = DeviceError::Corrupt;
-        for bad in 0..ATTEMPTS {
-            let mut op = [crate::device::LoadOp { pfn, page, result: Err(DeviceError::Corrupt) }];
-            self.device.load(&mut op);
-            let [op] = op;
-            match op.result {
-                Ok(sum) if sum == Sum::of(op.page) => return (Ok(()), bad),
-                Ok(_) => error = DeviceError::Corrupt,
-                Err(e) => error = e,
+    /// Loads frames that the caller holds references to, each verified against its checksum and tried again before it is
+    /// given up. Returns how many from the start are good, how many attempts went wrong, and what was wrong with
+    /// the first that is not good.
+    pub fn load(&self, ops: &mut [LoadOp<'_>]) -> (usize, u64, Result<(), DeviceError>) {
+        self.device.load(ops);
+        let mut bad = 0;
+        for (good, op) in ops.iter_mut().enumerate() {
+            for attempt in 1.. {
+                let error = match &op.result {
+                    Ok(sum) if *sum == Sum::of(op.page) => break,
+                    Ok(_) => DeviceError::Corrupt,
+                    Err(e) => e.clone(),
+                };
+                bad += 1;
+                if attempt == ATTEMPTS {
+                    return (good, bad, Err(error));
+                }
+                self.device.load(std::slice::from_mut(op));
             }
         }
-        (Err(error), ATTEMPTS)
+        (ops.len(), bad, Ok(()))
     }
 }

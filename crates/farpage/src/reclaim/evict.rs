@@ -1,17 +1,19 @@
-//! The first half of the way out: a granule moves from the program into a staging slot.
+//! The first half of the way out: granules move from the program into staging slots.
 
 use crate::PAGE_SIZE;
 use crate::domain::Counter;
+use crate::space::bits::{mask, runs};
 use crate::space::ops::window;
-use crate::space::range::{Found, flag};
-use crate::space::slots::mask;
+use crate::space::range::{Found, GRANULE, GRANULE_PAGES, STRETCH, Stretch, flag};
+use crate::space::slots::Run;
 use crate::space::{Space, World};
+use crate::sys::MutexGuard;
 use crate::sys::uffd::Stop;
 
 use super::Hands;
 use super::settle::Settled;
 
-/// What came of trying to evict a granule.
+/// What came of trying to evict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Evicted {
     /// This many pages are staged now.
@@ -23,7 +25,13 @@ pub(crate) enum Evicted {
 }
 
 impl Space {
-    /// Takes the granule that arrived first out of the program.
+    /// The most granules that come in or leave together: not too many of a small budget.
+    pub(crate) fn most_together(&self) -> usize {
+        (self.domain.budget() as usize / 64 / GRANULE_PAGES).clamp(1, STRETCH)
+    }
+
+    /// Takes the granule that arrived first out of the program, and with it those that follow it in the queue as well as
+    /// in memory: what came in as a stream leaves as one.
     pub(crate) fn evict_oldest(&self, world: &World) -> Evicted {
         self.unpark(world);
         // Each granule at most once: some cannot move.
@@ -33,7 +41,16 @@ impl Space {
             if !found.granule.has(flag::QUEUED) {
                 continue;
             }
-            match self.evict(world, &found) {
+            let most = self.slots.empty_run(self.most_together()).max(1);
+            let (mut n, mut end) = (1, found.end);
+            while n < most && end < found.range.end {
+                let next = found.range.granule(end);
+                if !next.granule.has(flag::QUEUED) || !self.dequeue_if(end) {
+                    break;
+                }
+                (n, end) = (n + 1, next.end);
+            }
+            match self.evict(world, &found.range.stretch(found.start, end)) {
                 Evicted::Pages(0) | Evicted::Nothing => {}
                 done => return done,
             }
@@ -41,122 +58,160 @@ impl Space {
         Evicted::Nothing
     }
 
-    /// Takes this granule out of the program, but for the pages that the kernel has pinned.
-    pub(crate) fn evict(&self, world: &World, found: &Found<'_>) -> Evicted {
-        let granule = found.granule;
-        if granule.has(flag::GRANTED) && self.revoke(world, found).is_err() {
-            return self.not_now(found);
+    /// Takes these granules out of the program, but for the pages that the kernel has pinned.
+    pub(crate) fn evict(&self, world: &World, stretch: &Stretch<'_>) -> Evicted {
+        let granted = |f: &Found<'_>| f.granule.has(flag::GRANTED);
+        let mut ready = stretch.len();
+        for (i, found) in stretch.iter().enumerate() {
+            if granted(found) && self.revoke(world, found).is_err() {
+                ready = i;
+                break;
+            }
         }
-        let Some(slot) = self.slots.take_empty() else { return self.not_now(found) };
-        let mut left_behind = false;
-        let mut in_flux = false;
-        let outcome = 'out: {
-            let mut at = found.start;
-            let mut moved_any = false;
-            let mut owned = 0;
-            let _guard = granule.lock();
-            granule.clear(flag::QUEUED);
+        let slots = if ready > 0 { self.slots.take_empty(ready) } else { None };
+        let (slot, ready) = slots.unwrap_or((0, 0));
+        for found in &stretch[ready..] {
+            found.granule.clear(flag::QUEUED);
+            self.enqueue(found);
+        }
+        if ready == 0 {
+            return Evicted::Later;
+        }
+        let founds = &stretch[..ready];
+        let (mut in_flux, mut left, mut total) = (0u64, 0u64, 0);
+        let mut empty = mask(0, ready);
+        {
+            let _guards = stretch.lock();
             let mut news = self.faults.no_news();
-            if self.in_flux(found.start, found.end) {
-                in_flux = true;
-                break 'out Evicted::Pages(0);
-            }
-            if granule.slot().is_some() {
-                // On its way out already; what came back meanwhile queues when that is settled.
-                granule.set(flag::REQUEUE);
-                break 'out Evicted::Pages(0);
-            }
-            let base = found.start / crate::space::range::GRANULE * crate::space::range::GRANULE;
-            while at < found.end {
-                let dst = self.slots.addr(slot, (at - base) / PAGE_SIZE);
-                let (done, stop) = world.move_pages(&world.slot_uffd, dst, at, found.end - at, true);
-                at += done;
-                moved_any |= done > 0;
-                match stop {
-                    None => break,
-                    Some(Stop::Busy) if at >= owned => {
-                        // Pinned, or shared since a fork: a write fault that changes nothing makes pages ours alone. Only
-                        // pages that are there: an absent one would be ours to bring in, and we hold its lock.
-                        owned = found.end;
-                        // A write fault may need the handler.
-                        drop(news.take());
-                        let own = |s: usize, e: usize| crate::sys::write_fault(s, e - s);
-                        if world.scan.present(at, found.end, own).is_err() {
-                            owned = at + PAGE_SIZE;
-                        }
-                        news = self.faults.no_news();
-                        if self.in_flux(found.start, found.end) {
-                            left_behind = true;
-                            break;
-                        }
-                    }
-                    Some(Stop::Busy) => {
-                        self.count(Counter::PinnedSkips, 1);
-                        left_behind = true;
-                        at += PAGE_SIZE;
-                    }
-                    // A boundary of mappings, or one that may not be written: this page stays.
-                    Some(Stop::Invalid | Stop::Gone | Stop::Exists | Stop::NoMemory | Stop::Other(_)) => {
-                        let one = world.move_pages(
-                            &world.slot_uffd,
-                            self.slots.addr(slot, (at - base) / PAGE_SIZE),
-                            at,
-                            PAGE_SIZE,
-                            true,
-                        );
-                        left_behind |= one.1.is_some();
-                        moved_any |= one.0 > 0;
-                        at += PAGE_SIZE;
-                    }
-                    Some(Stop::Again) => {
-                        left_behind = true;
-                        break;
-                    }
+            let mut movable = 0u64;
+            for (i, found) in founds.iter().enumerate() {
+                found.granule.clear(flag::QUEUED);
+                if self.in_flux(found.start, found.end) {
+                    in_flux |= mask(i, 1);
+                } else if found.granule.slot().is_some() {
+                    // On its way out already; what came back meanwhile queues when that is settled.
+                    found.granule.set(flag::REQUEUE);
+                } else {
+                    movable |= mask(i, 1);
                 }
+            }
+            for (i, n) in runs(movable) {
+                left |= self.move_out(world, &founds[i..i + n], slot + i as u32, &mut news) << i;
             }
             drop(news);
-            let mut staged = 0;
-            if moved_any {
-                let from = self.slots.addr(slot, 0);
-                let to = from + crate::space::range::GRANULE;
-                let seen = world.scan.present(from, to, |s, e| {
-                    staged |= mask((s - from) / PAGE_SIZE, (e - s) / PAGE_SIZE);
-                });
-                if seen.is_err() {
-                    // Not knowing which pages are there, we must not lose any: all of them back.
-                    staged = window(found.start, found.end);
+            for (i, n) in runs(movable) {
+                let mut staged = [0u64; STRETCH];
+                self.find_staged(world, &founds[i..i + n], slot + i as u32, &mut staged);
+                for (k, (found, &staged)) in founds[i..i + n].iter().zip(&staged).enumerate() {
+                    if staged == 0 {
+                        continue;
+                    }
+                    empty &= !mask(i + k, 1);
+                    total += staged.count_ones();
+                    found.granule.set(flag::ENTRIES);
+                    // Before it is in the queue: who takes it from there must find it attached.
+                    let slot = slot + (i + k) as u32;
+                    found.granule.set_slot(Some(slot));
+                    self.slots.attach(slot, found.start, staged);
+                    if left & mask(i + k, 1) != 0 {
+                        found.granule.set(flag::REQUEUE);
+                    }
                 }
             }
-            if staged == 0 {
-                break 'out Evicted::Pages(0);
-            }
-            granule.set(flag::ENTRIES);
-            // Before it is in the queue: who takes it from there must find it attached.
-            granule.set_slot(Some(slot));
-            self.slots.attach(slot, found.start, staged);
-            if left_behind {
-                granule.set(flag::REQUEUE);
-            }
-            Evicted::Pages(staged.count_ones())
-        };
-        match outcome {
-            Evicted::Pages(0) => {
-                self.slots.give_back(slot);
-                if in_flux {
-                    self.enqueue(found);
-                } else if left_behind {
-                    self.park(found);
-                }
-            }
-            Evicted::Pages(n) => self.count(Counter::PagesOut, u64::from(n)),
-            _ => {}
         }
-        outcome
+        for (i, found) in founds.iter().enumerate().filter(|(i, _)| empty & mask(*i, 1) != 0) {
+            self.slots.give_back(slot + i as u32);
+            if in_flux & mask(i, 1) != 0 {
+                self.enqueue(found);
+            } else if left & mask(i, 1) != 0 {
+                self.park(found);
+            }
+        }
+        self.count(Counter::PagesOut, u64::from(total));
+        Evicted::Pages(total)
+    }
+
+    /// Moves what can be moved of these granules into the slots from `slot` on, under their locks. Returns the set of those
+    /// of which something was left behind.
+    fn move_out<'a>(
+        &'a self,
+        world: &World,
+        founds: &[Found<'_>],
+        slot: u32,
+        news: &mut Option<MutexGuard<'a, ()>>,
+    ) -> u64 {
+        let base = founds[0].start / GRANULE * GRANULE;
+        let end = founds[founds.len() - 1].end;
+        let place = |at: usize| self.slots.addr(slot, (at - base) / PAGE_SIZE);
+        let granule = |at: usize| mask((at - base) / GRANULE, 1);
+        let granule_end = |at: usize| (base + GRANULE * ((at - base) / GRANULE + 1)).min(end);
+        let mut left = 0;
+        let mut owned = 0;
+        let mut at = founds[0].start;
+        let mut one_by_one = false;
+        while at < end {
+            let to = if one_by_one { granule_end(at) } else { end };
+            let (done, stop) = world.move_pages(&world.slot_uffd, place(at), at, to - at, true);
+            at += done;
+            match stop {
+                None => {}
+                Some(Stop::Busy) if at >= owned => {
+                    // Pinned, or shared since a fork: a write fault that changes nothing makes pages ours alone. Only
+                    // pages that are there: an absent one would be ours to bring in, and we hold its lock.
+                    owned = granule_end(at);
+                    // A write fault may need the handler.
+                    drop(news.take());
+                    let own = |s: usize, e: usize| crate::sys::write_fault(s, e - s);
+                    if world.scan.present(at, owned, own).is_err() {
+                        owned = at + PAGE_SIZE;
+                    }
+                    *news = self.faults.no_news();
+                    if self.in_flux(at, end) {
+                        return left | mask((at - base) / GRANULE, founds.len() - (at - base) / GRANULE);
+                    }
+                }
+                Some(Stop::Busy) => {
+                    self.count(Counter::PinnedSkips, 1);
+                    left |= granule(at);
+                    at += PAGE_SIZE;
+                }
+                Some(Stop::Invalid) if to > granule_end(at) => one_by_one = true,
+                // A boundary of mappings, or one that may not be written: this page stays.
+                Some(Stop::Invalid | Stop::Gone | Stop::Exists | Stop::NoMemory | Stop::Other(_)) => {
+                    let one = world.move_pages(&world.slot_uffd, place(at), at, PAGE_SIZE, true);
+                    if one.1.is_some() {
+                        left |= granule(at);
+                    }
+                    at += PAGE_SIZE;
+                }
+                Some(Stop::Again) => {
+                    return left | mask((at - base) / GRANULE, founds.len() - (at - base) / GRANULE);
+                }
+            }
+        }
+        left
+    }
+
+    /// Which pages of these granules are in the slots from `slot` on.
+    fn find_staged(&self, world: &World, founds: &[Found<'_>], slot: u32, staged: &mut [u64; STRETCH]) {
+        let from = self.slots.addr(slot, 0);
+        let seen = world.scan.present(from, from + founds.len() * GRANULE, |s, e| {
+            let run = Run { slot, first: (s - from) / PAGE_SIZE, len: (e - s) / PAGE_SIZE };
+            for (at, pages) in run.parts(0, run.len) {
+                staged[(at - slot) as usize] |= pages;
+            }
+        });
+        if seen.is_err() {
+            // Not knowing which pages are there, we must not lose any: all of them back.
+            for (staged, found) in staged.iter_mut().zip(founds) {
+                *staged = window(found.start, found.end);
+            }
+        }
     }
 
     /// Evicts a granule and, if `settle`, gets it to a device, whatever the budget says.
     pub(crate) fn push_out(&self, world: &World, found: &Found<'_>, settle: bool, hands: &mut Hands) {
-        let outcome = self.evict(world, found);
+        let outcome = self.evict(world, &found.range.stretch(found.start, found.end));
         if matches!(outcome, Evicted::Later) {
             return;
         }
@@ -171,11 +226,5 @@ impl Space {
                 }
             }
         }
-    }
-
-    fn not_now(&self, found: &Found<'_>) -> Evicted {
-        found.granule.clear(flag::QUEUED);
-        self.enqueue(found);
-        Evicted::Later
     }
 }

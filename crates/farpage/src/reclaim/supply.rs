@@ -4,7 +4,8 @@ use std::sync::atomic::Ordering;
 
 use crate::PAGE_SIZE;
 use crate::domain::{Counter, Slot, state};
-use crate::space::slots::{Run, mask};
+use crate::space::range::GRANULE_PAGES;
+use crate::space::slots::Run;
 use crate::space::{Space, World};
 use crate::sys::uffd::Stop;
 
@@ -37,7 +38,7 @@ enum Reclaimed {
 pub enum Frames {
     /// Free frames of a staging slot: filled in place and moved.
     Slot(Run),
-    /// This many pages that the kernel will allocate: filled in the caller's buffer and copied.
+    /// This many pages (at most a granule's worth) that the kernel will allocate: filled in the caller's buffer and copied.
     Kernel(usize),
 }
 
@@ -64,8 +65,9 @@ impl Space {
             }
             let budget = self.domain.budget();
             let me = self.me();
-            if self.domain.try_charge(me, want as u64, budget) {
-                return Frames::Kernel(want);
+            let some = want.min(GRANULE_PAGES);
+            if self.domain.try_charge(me, some as u64, budget) {
+                return Frames::Kernel(some);
             }
             self.pressure.store(true, Ordering::Relaxed);
             if want > 1 {
@@ -194,23 +196,17 @@ impl Space {
                     world.move_pages(&world.uffd, dst, src, n * PAGE_SIZE, false)
                 };
                 let mut done = done / PAGE_SIZE;
-                if done > 0 {
-                    self.slots.moved(run.slot, done);
-                }
                 let mut stop = stop;
                 if done < n && matches!(stop, Some(Stop::Invalid | Stop::Busy)) {
                     // A mapping that MOVE does not take (read-only, locked, executable): COPY does.
                     let rest = (n - done) * PAGE_SIZE;
                     let (copied, s) = world.uffd.copy(dst + done * PAGE_SIZE, src + done * PAGE_SIZE, rest);
                     let copied = copied / PAGE_SIZE;
-                    self.forget_frames(run.slot, mask(run.first + done, copied));
-                    self.slots.moved(run.slot, copied);
+                    crate::sys::drop_pages(src + done * PAGE_SIZE, copied * PAGE_SIZE);
                     done += copied;
-                    self.slots.put_back(run.slot, mask(run.first + done, run.len - done));
                     stop = s;
-                } else if done < run.len {
-                    self.slots.put_back(run.slot, mask(run.first + done, run.len - done));
                 }
+                self.slots.used(run, done);
                 (done, stop)
             }
         }

@@ -72,11 +72,6 @@ pub fn run(space: &'static Space) -> ! {
 /// of ours held.
 fn step(space: &Space, hands: &mut Hands, refilling: &mut bool) -> bool {
     let world = space.world.read();
-    let ahead = space.ahead.lock().pop_front();
-    if let Some(addr) = ahead {
-        space.prefetch(&world, addr, hands);
-        return true;
-    }
     if space.page_out_next(&world, hands) {
         return true;
     }
@@ -95,7 +90,7 @@ fn step(space: &Space, hands: &mut Hands, refilling: &mut bool) -> bool {
         }
     }
     if !space.pressure.load(Ordering::Relaxed) {
-        return false;
+        return read_ahead(space, &world, hands);
     }
     let room = space.room();
     if room < marks.low && space.stock_wanted.swap(false, Ordering::Relaxed) {
@@ -104,13 +99,20 @@ fn step(space: &Space, hands: &mut Hands, refilling: &mut bool) -> bool {
         *refilling = false;
     }
     if *refilling {
-        return refill(space, &world, marks, hands);
+        return refill(space, &world, marks, hands) || read_ahead(space, &world, hands);
     }
     if room > 4 * marks.high {
         // Others ended, or the program gave much back: the kernel may fill again.
         space.pressure.store(false, Ordering::Relaxed);
     }
-    false
+    read_ahead(space, &world, hands)
+}
+
+/// Brings in one stretch of what somebody will want next. False: none.
+fn read_ahead(space: &Space, world: &World, hands: &mut Hands) -> bool {
+    let Some((start, end)) = space.ahead.lock().pop_front() else { return false };
+    space.prefetch(world, start, end, hands);
+    true
 }
 
 /// One step towards the high mark.
@@ -146,7 +148,7 @@ fn settle_oldest(space: &Space, world: &World, hands: &mut Hands) -> Option<bool
 fn give_to_kernel(space: &Space, world: &World, hands: &mut Hands) -> Option<u64> {
     if let Some(run) = space.slots.take(64) {
         crate::sys::drop_pages(space.slots.addr(run.slot, run.first), run.len * PAGE_SIZE);
-        space.slots.moved(run.slot, run.len);
+        space.slots.used(run, run.len);
         space.domain.uncharge(space.me(), run.len as u64);
         return Some(run.len as u64);
     }

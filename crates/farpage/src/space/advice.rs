@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::range::GRANULE;
+use super::range::{GRANULE, STRETCH};
 use super::{Space, World};
 
 impl Space {
@@ -38,7 +38,8 @@ impl Space {
     /// `MADV_WILLNEED`: the worker brings these pages in before they are asked for.
     pub fn will_need(&self, start: usize, end: usize) {
         let mut ahead = self.ahead.lock();
-        ahead.extend((start / GRANULE * GRANULE..end).step_by(GRANULE).take(4096));
+        let stretch = STRETCH * GRANULE;
+        ahead.extend((start..end).step_by(stretch).take(512).map(|s| (s, (s + stretch).min(end))));
         drop(ahead);
         self.wake_worker();
     }

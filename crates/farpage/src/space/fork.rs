@@ -164,7 +164,7 @@ impl Space {
         // The frames in stock are the parent's, shared: the child begins without, and was not charged for them.
         while let Some(run) = self.slots.take(super::range::GRANULE_PAGES) {
             crate::sys::drop_pages(self.slots.addr(run.slot, run.first), run.len * PAGE_SIZE);
-            self.slots.moved(run.slot, run.len);
+            self.slots.used(run, run.len);
         }
         Ok(())
     }

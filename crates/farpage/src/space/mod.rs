@@ -12,6 +12,7 @@
 
 mod advice;
 mod behind;
+pub(crate) mod bits;
 pub mod fork;
 pub mod ops;
 mod orphan;
@@ -91,8 +92,8 @@ pub struct Space {
     pub(crate) forks: AtomicU32,
     /// Fault handling.
     pub faults: Faults,
-    /// Granules that streams will want next.
-    pub(crate) ahead: sys::Mutex<VecDeque<usize>>,
+    /// What streams will want next, as first byte and end.
+    pub(crate) ahead: sys::Mutex<VecDeque<(usize, usize)>>,
     /// Granules that the program wants out of DRAM, and whether all the way.
     outgoing: sys::Mutex<VecDeque<(usize, bool)>>,
     /// How many of them are not out yet; who asked sleeps on it.
@@ -237,6 +238,17 @@ impl Space {
         let next = q.front().map_or(u64::MAX, |e| e.0);
         self.slot().oldest.store(next, Ordering::Relaxed);
         first.map(|e| e.1)
+    }
+
+    /// Takes the granule at `addr` from the queue if it is the next.
+    pub(crate) fn dequeue_if(&self, addr: usize) -> bool {
+        let mut q = lock(&self.queue);
+        if q.front().is_none_or(|e| e.1 != addr) {
+            return false;
+        }
+        q.pop_front();
+        self.slot().oldest.store(q.front().map_or(u64::MAX, |e| e.0), Ordering::Relaxed);
+        true
     }
 
     /// Nothing of the granule can move now: it does not queue for a while, so that not every fault tries it again.

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 
 use super::range::{GRANULE, flag};
 use super::{Space, World};
+use crate::device::{DeviceError, LoadOp};
 use crate::domain::Counter;
 use crate::domain::entry::Entry;
 use crate::fault::Change;
@@ -115,7 +116,8 @@ impl Space {
     fn read_away(&self, entry: Entry, page: &mut Page) -> bool {
         match entry {
             Entry::Away(dev, pfn) => {
-                let (result, bad) = self.domain.pagemap(dev).load(pfn, page);
+                let mut op = [LoadOp { pfn, page, result: Err(DeviceError::Corrupt) }];
+                let (_, bad, result) = self.domain.pagemap(dev).load(&mut op);
                 self.count(Counter::LoadErrors, bad);
                 result.is_ok()
             }

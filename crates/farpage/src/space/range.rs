@@ -10,6 +10,10 @@ pub const GRANULE_PAGES: usize = 64;
 /// Bytes of a granule (256 KiB), which is aligned to its size.
 pub const GRANULE: usize = GRANULE_PAGES * PAGE_SIZE;
 
+/// The most granules that move together (2 MiB). Each call that moves pages flushes the TLBs of the CPUs on which the program runs, which
+/// on a virtual machine takes as long as decompressing 50 pages.
+pub const STRETCH: usize = 8;
+
 /// A granule's flags.
 pub mod flag {
     /// In the queue of arrival.
@@ -111,6 +115,31 @@ pub struct Found<'a> {
     pub end: usize,
 }
 
+/// Granules of one range, one after the other, at most [`STRETCH`].
+pub struct Stretch<'a> {
+    founds: [Found<'a>; STRETCH],
+    len: usize,
+}
+
+impl<'a> Stretch<'a> {
+    /// All their locks, taken in the order of addresses; nobody who holds a granule's lock waits for one before it.
+    pub fn lock(&self) -> [Option<GranuleGuard<'a>>; STRETCH] {
+        std::array::from_fn(|i| (i < self.len).then(|| self.founds[i].granule.lock()))
+    }
+
+    /// First byte of the first one's place, whether it is in the range or not.
+    pub fn base(&self) -> usize {
+        self.founds[0].start / GRANULE * GRANULE
+    }
+}
+
+impl<'a> std::ops::Deref for Stretch<'a> {
+    type Target = [Found<'a>];
+    fn deref(&self) -> &[Found<'a>] {
+        &self.founds[..self.len]
+    }
+}
+
 impl Range {
     /// A range of whole pages, not empty; flags for all its granules.
     pub fn new(start: usize, end: usize, flags: u32) -> Self {
@@ -129,6 +158,13 @@ impl Range {
             start: base.max(self.start),
             end: (base + GRANULE).min(self.end),
         }
+    }
+
+    /// The granules that hold `[start, end)`, which lies in the range and is not empty: the first few of them.
+    pub fn stretch(&self, start: usize, end: usize) -> Stretch<'_> {
+        let len = (end.div_ceil(GRANULE) - start / GRANULE).min(STRETCH);
+        let found = |i: usize| self.granule(start.max((start / GRANULE + i.min(len - 1)) * GRANULE));
+        Stretch { founds: std::array::from_fn(found), len }
     }
 
     /// Its granules in address order.

@@ -13,6 +13,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::mm::{MapFlags, ProtFlags};
 
+use super::bits::BitSet;
+pub use super::bits::{mask, runs};
 use super::range::{GRANULE, GRANULE_PAGES};
 use crate::{PAGE_SIZE, Page};
 
@@ -34,15 +36,18 @@ struct Meta {
     free: u64,
     /// Free frames that someone has taken and not yet moved away or returned.
     taken: u32,
-    in_stock: bool,
+    /// In `some`.
+    listed: bool,
 }
 
 struct Lists {
     meta: Vec<Meta>,
-    empty: Vec<u32>,
+    empty: BitSet,
     fifo: VecDeque<u32>,
-    /// Slots with free frames: few ones at the back, whole slots at the front.
-    stock: VecDeque<u32>,
+    /// Slots of which some frames are free; the last to come is the first to be used up.
+    some: Vec<u32>,
+    /// Slots of which all are.
+    whole: BitSet,
     free_frames: u64,
 }
 
@@ -59,38 +64,36 @@ pub struct Slots {
     shared: Vec<Shared>,
     lists: Mutex<Lists>,
     free_hint: AtomicU64,
+    staged_hint: AtomicU64,
     /// Changes when frames become free or a slot is settled, if somebody waits for that.
     freed: AtomicU32,
     waiters: AtomicU32,
 }
 
-/// Free frames at consecutive addresses.
+/// Free frames at consecutive addresses; more than a slot's worth are those of whole slots, one after the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
-    /// The slot.
+    /// The first one's slot.
     pub slot: u32,
-    /// First page in it.
+    /// Its place in that slot.
     pub first: usize,
     /// How many.
     pub len: usize,
 }
 
-/// `len` set bits from `first`.
-pub fn mask(first: usize, len: usize) -> u64 {
-    if len == 0 { 0 } else { (u64::MAX >> (64 - len)) << first }
-}
-
-/// The runs of set bits, as (first, length).
-pub fn runs(mut bits: u64) -> impl Iterator<Item = (usize, usize)> {
-    std::iter::from_fn(move || {
-        if bits == 0 {
-            return None;
-        }
-        let first = bits.trailing_zeros() as usize;
-        let len = (!(bits >> first)).trailing_zeros().min(64 - first as u32) as usize;
-        bits &= !mask(first, len);
-        Some((first, len))
-    })
+impl Run {
+    /// Its frames from number `from` to before `to`, as pages of each slot.
+    pub(crate) fn parts(self, from: usize, to: usize) -> impl Iterator<Item = (u32, u64)> {
+        let mut at = self.first + from;
+        let end = self.first + to;
+        std::iter::from_fn(move || {
+            let page = at % GRANULE_PAGES;
+            let n = (GRANULE_PAGES - page).min(end.checked_sub(at).filter(|&n| n > 0)?);
+            let slot = self.slot + (at / GRANULE_PAGES) as u32;
+            at += n;
+            Some((slot, mask(page, n)))
+        })
+    }
 }
 
 impl Slots {
@@ -109,7 +112,9 @@ impl Slots {
         let _advice =
             unsafe { rustix::mm::madvise(raw, (n + 1) * GRANULE, rustix::mm::Advice::LinuxNoHugepage) };
         let base = (raw as usize).next_multiple_of(GRANULE);
-        let meta = (0..n).map(|_| Meta { state: State::Empty, free: 0, taken: 0, in_stock: false }).collect();
+        let meta = (0..n).map(|_| Meta { state: State::Empty, free: 0, taken: 0, listed: false }).collect();
+        let mut empty = BitSet::new(n);
+        (0..n).for_each(|slot| empty.set(slot, true));
         Ok(Self {
             base,
             shared: (0..n)
@@ -117,12 +122,14 @@ impl Slots {
                 .collect(),
             lists: Mutex::new(Lists {
                 meta,
-                empty: (0..n as u32).rev().collect(),
+                empty,
                 fifo: VecDeque::with_capacity(n),
-                stock: VecDeque::with_capacity(n),
+                some: Vec::with_capacity(n),
+                whole: BitSet::new(n),
                 free_frames: 0,
             }),
             free_hint: AtomicU64::new(0),
+            staged_hint: AtomicU64::new(0),
             freed: AtomicU32::new(0),
             waiters: AtomicU32::new(0),
         })
@@ -156,12 +163,12 @@ impl Slots {
         unsafe { &*(self.addr(slot, page) as *const Page) }
     }
 
-    /// The bytes of a free frame that the caller has got from [`Slots::take`] and not yet moved or returned.
+    /// The bytes of frame number `i` of those that the caller has got from [`Slots::take`] and not yet moved or returned.
     #[allow(clippy::mut_from_ref)] // the frame is the caller's alone, like what an allocator returns
-    pub(crate) fn taken_page(&self, slot: u32, page: usize) -> &mut Page {
-        debug_assert!(page < GRANULE_PAGES);
+    pub(crate) fn taken_page(&self, run: Run, i: usize) -> &mut Page {
+        debug_assert!(i < run.len);
         // SAFETY: inside the area and page-aligned. A taken frame is there and nobody else's.
-        unsafe { &mut *(self.addr(slot, page) as *mut Page) }
+        unsafe { &mut *(self.addr(run.slot, run.first + i) as *mut Page) }
     }
 
     /// Staged pages of a slot.
@@ -171,7 +178,9 @@ impl Slots {
 
     /// Sets them; under the granule's lock.
     pub fn set_staged(&self, slot: u32, staged: u64) {
-        self.shared[slot as usize].staged.store(staged, Ordering::Relaxed);
+        let before = self.shared[slot as usize].staged.swap(staged, Ordering::Relaxed);
+        let change = u64::from(staged.count_ones()).wrapping_sub(u64::from(before.count_ones()));
+        self.staged_hint.fetch_add(change, Ordering::Relaxed);
     }
 
     /// The granule (its first byte in its range) that a slot is attached to, or 0.
@@ -184,19 +193,28 @@ impl Slots {
         self.shared[slot as usize].granule.store(addr, Ordering::Relaxed);
     }
 
-    /// An empty slot, for a granule; [`Slots::attach`] or [`Slots::give_back`] ends it.
-    pub fn take_empty(&self) -> Option<u32> {
+    /// Up to `want` empty slots, one after the other, for as many granules; [`Slots::attach`] or [`Slots::give_back`] ends
+    /// it for each. The first, and how many.
+    pub fn take_empty(&self, want: usize) -> Option<(u32, usize)> {
         let mut l = self.lists();
-        let slot = l.empty.pop()?;
-        l.meta[slot as usize].state = State::Settling;
-        Some(slot)
+        let (first, n) = l.empty.run(want)?;
+        for slot in first..first + n {
+            l.empty.set(slot, false);
+            l.meta[slot].state = State::Settling;
+        }
+        Some((first as u32, n))
+    }
+
+    /// How many empty slots, up to `want`, lie one after the other.
+    pub fn empty_run(&self, want: usize) -> usize {
+        self.lists().empty.run(want).map_or(0, |(_, n)| n)
     }
 
     /// The slot was not needed.
     pub fn give_back(&self, slot: u32) {
         let mut l = self.lists();
         l.meta[slot as usize].state = State::Empty;
-        l.empty.push(slot);
+        l.empty.set(slot as usize, true);
     }
 
     /// The slot now holds `staged` pages of the granule; it queues for settling. Under the granule's lock.
@@ -247,51 +265,41 @@ impl Slots {
             return;
         }
         let mut l = self.lists();
-        let m = &mut l.meta[slot as usize];
-        debug_assert_eq!(m.free & frames, 0);
-        m.free |= frames;
-        let whole = m.free == u64::MAX;
-        if !m.in_stock {
-            m.in_stock = true;
-            if whole { l.stock.push_front(slot) } else { l.stock.push_back(slot) }
-        }
-        l.free_frames += u64::from(frames.count_ones());
+        l.add_free(slot, frames);
         self.free_hint.store(l.free_frames, Ordering::Relaxed);
         drop(l);
         self.say_freed();
     }
 
-    /// Takes up to `want` free frames at consecutive addresses. They are the caller's until he moves them away
-    /// ([`Slots::moved`]) or returns them ([`Slots::put_back`]).
+    /// Takes up to `want` free frames at consecutive addresses. They are the caller's until he moves them away or
+    /// returns them ([`Slots::used`]).
     pub fn take(&self, want: usize) -> Option<Run> {
         let mut l = self.lists();
-        // One page: from the slots with few; many: from whole slots.
-        let slot = if want == 1 { l.stock.back().copied()? } else { l.best_run(want)? };
-        let (first, len) = runs(l.meta[slot as usize].free).max_by_key(|r| r.1)?;
-        let (first, len) = if want == 1 { (first, 1) } else { (first, len.min(want)) };
-        let m = &mut l.meta[slot as usize];
-        m.free &= !mask(first, len);
-        m.taken += len as u32;
-        if m.free == 0 {
-            m.in_stock = false;
-            l.stock.retain(|&s| s != slot);
+        let run = l.find(want)?;
+        for (slot, frames) in run.parts(0, run.len) {
+            l.take_free(slot, frames);
         }
-        l.free_frames -= len as u64;
         self.free_hint.store(l.free_frames, Ordering::Relaxed);
-        Some(Run { slot, first, len })
+        Some(run)
     }
 
-    /// `n` frames taken from this slot have moved away: their places are holes.
-    pub fn moved(&self, slot: u32, n: usize) {
+    /// The first `n` frames of the run have moved away: their places are holes. The others were not needed.
+    pub fn used(&self, run: Run, n: usize) {
         let mut l = self.lists();
-        l.meta[slot as usize].taken -= n as u32;
-        l.retire_if_empty(slot);
-    }
-
-    /// These frames, taken from this slot, were not needed.
-    pub fn put_back(&self, slot: u32, frames: u64) {
-        self.lists().meta[slot as usize].taken -= frames.count_ones();
-        self.add_free(slot, frames);
+        for (slot, frames) in run.parts(0, n) {
+            l.meta[slot as usize].taken -= frames.count_ones();
+            l.retire_if_empty(slot);
+        }
+        if n == run.len {
+            return;
+        }
+        for (slot, frames) in run.parts(n, run.len) {
+            l.meta[slot as usize].taken -= frames.count_ones();
+            l.add_free(slot, frames);
+        }
+        self.free_hint.store(l.free_frames, Ordering::Relaxed);
+        drop(l);
+        self.say_freed();
     }
 
     /// Free frames, for a look.
@@ -301,8 +309,7 @@ impl Slots {
 
     /// Staged pages, for a look.
     pub fn staged_pages(&self) -> u64 {
-        let l = self.lists();
-        l.fifo.iter().map(|&s| u64::from(self.staged(s).count_ones())).sum()
+        self.staged_hint.load(Ordering::Relaxed)
     }
 
     /// Slots that somebody is settling.
@@ -344,27 +351,125 @@ impl Slots {
 }
 
 impl Lists {
-    fn best_run(&self, want: usize) -> Option<u32> {
-        let longest = |s: u32| runs(self.meta[s as usize].free).map(|r| r.1).max().unwrap_or(0);
-        let mut best = None;
-        let mut best_len = 0;
-        for &s in self.stock.iter().take(16) {
-            let len = longest(s);
-            if len >= want {
-                return Some(s);
+    fn add_free(&mut self, slot: u32, frames: u64) {
+        let m = &mut self.meta[slot as usize];
+        debug_assert_eq!(m.free & frames, 0);
+        m.free |= frames;
+        if m.free == u64::MAX {
+            self.whole.set(slot as usize, true);
+        }
+        if !m.listed {
+            m.listed = true;
+            self.some.push(slot);
+        }
+        self.free_frames += u64::from(frames.count_ones());
+    }
+
+    fn take_free(&mut self, slot: u32, frames: u64) {
+        let m = &mut self.meta[slot as usize];
+        debug_assert_eq!(m.free & frames, frames);
+        if m.free == u64::MAX {
+            self.whole.set(slot as usize, false);
+        }
+        m.free &= !frames;
+        m.taken += frames.count_ones();
+        self.free_frames -= u64::from(frames.count_ones());
+    }
+
+    /// Where up to `want` free frames lie side by side: many in whole slots, few where there are few.
+    fn find(&mut self, want: usize) -> Option<Run> {
+        // Slots that were used up by way of `whole` are still listed.
+        while let Some(&last) = self.some.last() {
+            if self.meta[last as usize].free != 0 {
+                break;
             }
-            if len > best_len {
-                (best, best_len) = (Some(s), len);
+            self.some.pop();
+            self.meta[last as usize].listed = false;
+        }
+        if want >= GRANULE_PAGES
+            && let Some((first, n)) = self.whole.run(want.div_ceil(GRANULE_PAGES))
+        {
+            return Some(Run { slot: first as u32, first: 0, len: want.min(n * GRANULE_PAGES) });
+        }
+        // Whole slots last: they are for those who want many.
+        let (mut best, mut whole) = (None::<Run>, None);
+        for &slot in self.some.iter().rev().take(16) {
+            let free = self.meta[slot as usize].free;
+            let Some((first, len)) = runs(free).max_by_key(|r| r.1) else { continue };
+            let run = Run { slot, first, len: len.min(want) };
+            if free == u64::MAX {
+                whole = Some(run);
+            } else if best.is_none_or(|b| b.len < run.len) {
+                best = Some(run);
+            }
+            if best.is_some_and(|b| b.len == want) {
+                return best;
             }
         }
-        best
+        whole.filter(|w| best.is_none_or(|b| b.len < w.len)).or(best)
     }
 
     fn retire_if_empty(&mut self, slot: u32) {
         let m = &mut self.meta[slot as usize];
         if m.state == State::Stock && m.free == 0 && m.taken == 0 {
             m.state = State::Empty;
-            self.empty.push(slot);
+            self.empty.set(slot as usize, true);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A slot all of whose pages have been staged and settled.
+    fn free_slots(slots: &Slots, n: usize) -> u32 {
+        let (first, got) = slots.take_empty(n).unwrap();
+        assert_eq!(got, n);
+        for slot in first..first + n as u32 {
+            slots.attach(slot, GRANULE, u64::MAX);
+            assert_eq!(slots.oldest(), Some(slot));
+            slots.set_staged(slot, 0);
+            slots.add_free(slot, u64::MAX);
+            slots.detach(slot);
+        }
+        first
+    }
+
+    #[test]
+    fn a_run_goes_over_whole_slots_and_what_is_left_is_used_up_singly() {
+        let slots = Slots::new(20).unwrap();
+        assert_eq!(slots.take(512), None);
+        let first = free_slots(&slots, 5);
+        assert_eq!((slots.free_frames(), slots.staged_pages()), (320, 0));
+        let run = slots.take(200).unwrap();
+        assert_eq!(run, Run { slot: first, first: 0, len: 200 });
+        assert_eq!(slots.free_frames(), 120);
+        // Part of it was not needed; that makes the slot it lies in whole again.
+        slots.used(run, 70);
+        assert_eq!(slots.free_frames(), 250);
+        assert_eq!(slots.take(512).unwrap().len, 192);
+        // Singly, until nothing is left; emptied slots can be staged into again.
+        let mut n = 0;
+        while let Some(run) = slots.take(1) {
+            slots.used(run, 1);
+            n += 1;
+        }
+        assert_eq!(n, 58);
+        assert_eq!(slots.free_frames(), 0);
+        assert_eq!(slots.take_empty(20), Some((first + 5, 15)));
+        assert_eq!(slots.take_empty(20), Some((first, 2)));
+    }
+
+    #[test]
+    fn staged_pages_are_counted_as_they_come_and_go() {
+        let slots = Slots::new(4).unwrap();
+        let (first, n) = slots.take_empty(2).unwrap();
+        assert_eq!(n, 2);
+        slots.give_back(first + 1);
+        slots.attach(first, GRANULE, 0b1011);
+        assert_eq!(slots.staged_pages(), 3);
+        slots.set_staged(first, 0b1000);
+        assert_eq!(slots.staged_pages(), 1);
     }
 }

@@ -31,7 +31,7 @@ pub use process::{
 };
 pub use ring::{Ring, Transfer};
 pub use rwlock::{Read, RwLock, Write};
-pub use shared::{SharedArea, SharedMap};
+pub use shared::{Buffer, SharedArea, SharedMap};
 pub use slots::{Slots, Taken};
 pub use steady::SteadyFile;
 

@@ -1,5 +1,6 @@
 //! Shared memory that several processes map: a window of a memfd, and typed views of it.
 
+use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64};
@@ -82,6 +83,40 @@ impl SharedMap {
     /// Whether the mapping is empty (it never is).
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+}
+
+/// Room for up to `N` bytes of a [`SharedArea`], which costs nothing before something is read into it.
+pub struct Buffer<const N: usize> {
+    bytes: [MaybeUninit<u8>; N],
+    /// So many bytes from the start have values.
+    len: usize,
+}
+
+impl<const N: usize> Buffer<N> {
+    /// An empty one.
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Self {
+        Self { bytes: [const { MaybeUninit::uninit() }; N], len: 0 }
+    }
+
+    /// Copies `len` bytes (at most `N`) of the area from `offset` in; what was there before is gone. As in
+    /// [`SharedArea::read`], they may be a mix.
+    pub fn read(&mut self, area: SharedArea, offset: usize, len: usize) {
+        let len = len.min(N);
+        assert!(offset.checked_add(len).is_some_and(|end| end <= area.len));
+        // SAFETY: inside the area and, as just limited, inside the array; the rest as in `SharedArea::read`.
+        unsafe {
+            let from = area.base.as_ptr().add(offset);
+            std::ptr::copy_nonoverlapping(from, self.bytes.as_mut_ptr().cast(), len);
+        }
+        self.len = len;
+    }
+
+    /// The bytes read.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the first `len` bytes have been written by `read`.
+        unsafe { std::slice::from_raw_parts(self.bytes.as_ptr().cast(), self.len) }
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::atomic::{Ordering, fence};
 use super::{Attach, Device, DeviceError, LoadOp, StoreOp, Sum, Usage};
 use crate::frame::{Owner, Pfn};
 use crate::size::format_size;
-use crate::sys::{Peers, Slots, lz4};
+use crate::sys::{Buffer, Peers, Slots, lz4};
 use crate::{PAGE_SIZE, Page};
 
 mod classes;
@@ -142,24 +142,24 @@ impl Ram {
     }
 
     /// Copies a frame's object, header first, to `buf`, or as much of it as fits: `(its checksum, its length)`.
-    fn fetch(&self, pfn: Pfn, buf: &mut [u8]) -> Result<(Sum, usize), DeviceError> {
+    fn fetch<const N: usize>(&self, pfn: Pfn, buf: &mut Buffer<N>) -> Result<(Sum, usize), DeviceError> {
         let word = self.pool.locs().get(pfn as usize).ok_or(DeviceError::Io(libc::EINVAL))?;
         loop {
             // Acquire pairs with the Release of the store or of the move that put the object there.
             let seen = word.load(Ordering::Acquire);
             let loc = Loc::unpack(seen).filter(|loc| !loc.busy).ok_or(DeviceError::Corrupt)?;
             let offset = self.pool.offset(loc).ok_or(DeviceError::Corrupt)?;
-            let len = buf.len().min(HEADER + loc.len);
             #[cfg(test)]
             tests::interrupt();
-            self.pool.data().read(offset, &mut buf[..len]);
+            buf.read(self.pool.data(), offset, HEADER + loc.len);
             // If the object was moved while we copied it, and its place used again, then the location is another
             // one now; pairs with the Release fence after the move (`Held::compact` has the argument).
             fence(Ordering::Acquire);
             if word.load(Ordering::Relaxed) != seen {
                 continue;
             }
-            let word = |i: usize| u32::from_ne_bytes([buf[i], buf[i + 1], buf[i + 2], buf[i + 3]]);
+            let head = buf.bytes();
+            let word = |i: usize| u32::from_ne_bytes([head[i], head[i + 1], head[i + 2], head[i + 3]]);
             if word(12) != pfn {
                 return Err(DeviceError::Corrupt);
             }
@@ -167,9 +167,9 @@ impl Ram {
         }
     }
 
-    fn load_one(&self, pfn: Pfn, page: &mut Page, buf: &mut [u8; MAX_OBJECT]) -> Result<Sum, DeviceError> {
+    fn load_one(&self, pfn: Pfn, page: &mut Page, buf: &mut Buffer<MAX_OBJECT>) -> Result<Sum, DeviceError> {
         let (sum, len) = self.fetch(pfn, buf)?;
-        let bytes = &buf[HEADER..HEADER + len];
+        let bytes = buf.bytes().get(HEADER..HEADER + len).ok_or(DeviceError::Corrupt)?;
         if len == PAGE_SIZE {
             page.0.copy_from_slice(bytes);
         } else if lz4::decompress(bytes, &mut page.0) != Some(PAGE_SIZE) {
@@ -201,14 +201,14 @@ impl Device for Ram {
     }
 
     fn load(&self, ops: &mut [LoadOp<'_>]) {
-        let mut buf = [0; MAX_OBJECT];
+        let mut buf = Buffer::new();
         for op in ops {
             op.result = self.load_one(op.pfn, op.page, &mut buf);
         }
     }
 
     fn sum(&self, pfn: Pfn) -> Sum {
-        self.fetch(pfn, &mut [0; HEADER]).map_or_else(|_| Sum::default(), |(sum, _)| sum)
+        self.fetch(pfn, &mut Buffer::<HEADER>::new()).map_or_else(|_| Sum::default(), |(sum, _)| sum)
     }
 
     fn free(&self, pfns: &[Pfn], owner: Owner) {
