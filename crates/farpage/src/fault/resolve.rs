@@ -380,6 +380,9 @@ impl Space {
                 // As far as it goes; what lies in further granules is found to be there when it is their turn.
                 let most = (at + self.most_together() * GRANULE).min(end).min(found.range.end);
                 let run = (at..most).step_by(PAGE_SIZE).take_while(|&a| away(a)).count();
+                if run == 0 {
+                    continue; // a fault was quicker
+                }
                 // Only out of the stock: what nobody has asked for yet must push nobody out.
                 if self.slots.free_frames() < run as u64 && self.pressure.load(Ordering::Relaxed) {
                     break 'granules;

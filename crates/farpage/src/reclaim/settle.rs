@@ -39,6 +39,7 @@ impl Space {
     /// Settles some pages of a slot that the caller has taken with [`crate::space::slots::Slots::oldest`]. Unless `Done`, he
     /// returns it with `unsettled`.
     pub(crate) fn settle(&self, world: &World, slot: u32, hands: &mut Hands) -> Settled {
+        let _working = self.quiet.read();
         let addr = self.slots.granule_of(slot);
         // Under the lock: who attaches or takes back is done with it.
         let attached = |f: &Found<'_>| {

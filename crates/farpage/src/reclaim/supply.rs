@@ -23,6 +23,9 @@ const A_LOOK_MS: u64 = 5;
 /// Milliseconds for which it is believed that nothing can leave, once a look has shown so.
 const STUCK_MS: u64 = 20;
 
+/// How long who makes room waits for those who settle, who may be waiting for a device.
+const HOLD_STILL: std::time::Duration = std::time::Duration::from_micros(200);
+
 /// What an attempt to make frames free came to.
 enum Reclaimed {
     /// Something has left.
@@ -56,8 +59,9 @@ impl Space {
     /// DRAM for up to `want` pages (at least one). Must be called without a granule's lock.
     pub(crate) fn frames(&self, world: &World, want: usize, hands: &mut Hands) -> Frames {
         let mut waiting_since = None;
+        let by_move = want > 1 || self.move_cost.is_low();
         loop {
-            if let Some(run) = self.slots.take(want) {
+            if by_move && let Some(run) = self.slots.take(want) {
                 if want > 1 && self.slots.free_frames() < self.marks().low {
                     self.ask_for_stock();
                 }
@@ -75,6 +79,14 @@ impl Space {
             }
             if want > 1 && self.domain.try_charge(me, 1, budget) {
                 return Frames::Kernel(1);
+            }
+            if !by_move {
+                if self.make_room(world) {
+                    continue;
+                }
+                if let Some(run) = self.slots.take(1) {
+                    return Frames::Slot(run);
+                }
             }
             let now = crate::sys::now_ms();
             if now < self.stuck_until.load(Ordering::Relaxed) {
@@ -110,6 +122,32 @@ impl Space {
     fn ask_for_stock(&self) {
         self.stock_wanted.store(true, Ordering::Relaxed);
         self.wake_worker();
+    }
+
+    /// Makes room for the next few hundred single pages. Those are copied in: a copy flushes no TLB, where each page that is
+    /// moved has the other CPUs of the program interrupted, and waits for them. To move pages out costs that for every
+    /// run of pages, so it is done for many granules at a time, and in a moment in which, if possible, nobody else of
+    /// the program runs: the threads that fault wait for this, and the worker holds still; a CPU that idles needs no flush.
+    /// What is settled meanwhile goes to the kernel the next time. False: there was nothing to give to the kernel.
+    fn make_room(&self, world: &World) -> bool {
+        let _alone = self.making_room.lock();
+        if self.domain.charged() < self.domain.budget() {
+            return true;
+        }
+        let quiet = self.quiet.try_write_for(HOLD_STILL);
+        let given = self.slots.give_up();
+        self.domain.uncharge(self.me(), given);
+        let marks = self.marks();
+        while self.slots.staged_pages() < marks.staged + marks.burst {
+            match self.evict_oldest(world) {
+                Evicted::Pages(_) => {}
+                Evicted::Later | Evicted::Nothing => break,
+            }
+        }
+        drop(quiet);
+        self.settle_wanted.store(true, Ordering::Relaxed);
+        self.wake_worker();
+        given > 0
     }
 
     /// Makes some frames free at once.
@@ -193,7 +231,8 @@ impl Space {
                 let (done, stop) = if n == 0 {
                     (0, None)
                 } else {
-                    world.move_pages(&world.uffd, dst, src, n * PAGE_SIZE, false)
+                    let go = || world.move_pages(&world.uffd, dst, src, n * PAGE_SIZE, false);
+                    if n == 1 { self.move_cost.of(go) } else { go() }
                 };
                 let mut done = done / PAGE_SIZE;
                 let mut stop = stop;

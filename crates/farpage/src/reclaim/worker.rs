@@ -13,19 +13,26 @@ use crate::PAGE_SIZE;
 use crate::domain::state;
 use crate::space::{Space, World};
 
-/// Pages: where the worker starts and stops, and how long the second-chance queue is.
+/// Pages: where the worker starts and stops, how long the second-chance queue is, and how many more leave when room is made
+/// for single pages.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Marks {
     pub low: u64,
     pub high: u64,
     pub staged: u64,
+    pub burst: u64,
 }
 
 impl Space {
     pub(crate) fn marks(&self) -> Marks {
         let budget = self.domain.budget();
         let high = (budget / 32).clamp(64, 2048);
-        Marks { low: high / 2, high, staged: (budget / 16).clamp(64, 16384) }
+        Marks {
+            low: high / 2,
+            high,
+            staged: (budget / 16).clamp(64, 16384),
+            burst: (budget / 64).clamp(64, 1024),
+        }
     }
 
     /// Pages that can come in before anything has to leave.
@@ -97,6 +104,12 @@ fn step(space: &Space, hands: &mut Hands, refilling: &mut bool) -> bool {
         *refilling = true;
     } else if room >= marks.high {
         *refilling = false;
+    }
+    if space.settle_wanted.load(Ordering::Relaxed) {
+        if space.slots.staged_pages() > marks.staged && settle_oldest(space, &world, hands) == Some(true) {
+            return true;
+        }
+        space.settle_wanted.store(false, Ordering::Relaxed);
     }
     if *refilling {
         return refill(space, &world, marks, hands) || read_ahead(space, &world, hands);

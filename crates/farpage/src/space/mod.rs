@@ -32,6 +32,7 @@ use crate::domain::entry::Entries;
 use crate::domain::{Counter, Domain, DomainError, Slot, WINDOW};
 use crate::fault::Faults;
 use crate::frame::Owner;
+use crate::reclaim::cost::MoveCost;
 use crate::sys::uffd::{Stop, Uffd, features};
 use crate::sys::{self, PageScan, RwLock};
 use crate::{PAGE_SIZE, domain};
@@ -86,6 +87,14 @@ pub struct Space {
     starter: OnceLock<fn(usize) -> bool>,
     /// Frames are used up fast: the worker is to keep a stock.
     pub(crate) stock_wanted: AtomicBool,
+    /// More is staged than need be: the worker is to settle it.
+    pub(crate) settle_wanted: AtomicBool,
+    /// See [`MoveCost`].
+    pub(crate) move_cost: MoveCost,
+    /// Held by who makes room; whoever else needs room waits for him, and then has it.
+    pub(crate) making_room: sys::Mutex<()>,
+    /// Held, shared, by who settles; exclusively, for a moment, by who evicts: see [`Space::make_room`]. Only for speed.
+    pub(crate) quiet: RwLock<()>,
     /// The worker sleeps.
     pub(crate) asleep: AtomicBool,
     /// Forks through the C library whose event no handler has seen yet.
@@ -140,6 +149,10 @@ impl Space {
             running: AtomicBool::new(false),
             starter: OnceLock::new(),
             stock_wanted: AtomicBool::new(false),
+            settle_wanted: AtomicBool::new(false),
+            move_cost: MoveCost::default(),
+            making_room: sys::Mutex::new(()),
+            quiet: RwLock::new(()),
             asleep: AtomicBool::new(false),
             forks: AtomicU32::new(0),
             faults: Faults::new(),

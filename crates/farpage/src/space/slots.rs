@@ -302,6 +302,47 @@ impl Slots {
         self.say_freed();
     }
 
+    /// Gives all free frames of slots that hold nothing else to the kernel, neighbouring slots in one call. How many.
+    pub fn give_up(&self) -> u64 {
+        let mut given = 0;
+        let mut next = 0;
+        while let Some((first, n, frames)) = self.take_slots(next) {
+            crate::sys::drop_pages(self.addr(first, 0), n * GRANULE);
+            let mut l = self.lists();
+            for slot in first..first + n as u32 {
+                l.meta[slot as usize].taken = 0;
+                l.retire_if_empty(slot);
+            }
+            drop(l);
+            given += frames;
+            next = first as usize + n;
+        }
+        given
+    }
+
+    /// The first slots from `from` on that lie side by side and hold nothing but free frames, which are the caller's then:
+    /// the first one, how many, and how many frames.
+    fn take_slots(&self, from: usize) -> Option<(u32, usize, u64)> {
+        let mut l = self.lists();
+        let mut found: Option<(u32, usize, u64)> = None;
+        for slot in from..l.meta.len() {
+            let m = &l.meta[slot];
+            if m.state != State::Stock || m.taken != 0 || m.free == 0 {
+                if found.is_some() {
+                    break;
+                }
+                continue;
+            }
+            let free = m.free;
+            l.take_free(slot as u32, free);
+            let (_, n, frames) = found.get_or_insert((slot as u32, 0, 0));
+            *n += 1;
+            *frames += u64::from(free.count_ones());
+        }
+        self.free_hint.store(l.free_frames, Ordering::Relaxed);
+        found
+    }
+
     /// Free frames, for a look.
     pub fn free_frames(&self) -> u64 {
         self.free_hint.load(Ordering::Relaxed)
@@ -459,6 +500,23 @@ mod tests {
         assert_eq!(slots.free_frames(), 0);
         assert_eq!(slots.take_empty(20), Some((first + 5, 15)));
         assert_eq!(slots.take_empty(20), Some((first, 2)));
+    }
+
+    #[test]
+    fn free_frames_are_given_up_but_not_those_beside_staged_pages() {
+        let slots = Slots::new(8).unwrap();
+        let first = free_slots(&slots, 3);
+        let (half, _) = slots.take_empty(1).unwrap();
+        slots.attach(half, GRANULE, 0b11);
+        slots.set_staged(half, 0b10);
+        slots.add_free(half, 0b01);
+        let run = slots.take(1).unwrap();
+        assert_eq!((run.slot, slots.free_frames()), (half, 192));
+        slots.used(run, 0);
+        assert_eq!(slots.give_up(), 192);
+        assert_eq!((slots.free_frames(), slots.staged_pages()), (1, 1));
+        assert_eq!(slots.give_up(), 0);
+        assert_eq!(slots.take_empty(3), Some((first, 3)));
     }
 
     #[test]
