@@ -175,6 +175,23 @@ impl Follow {
         }
     }
 
+    /// Whether only one handler listens.
+    pub fn is_alone(&self) -> bool {
+        self.active.load(Ordering::Relaxed) == 1
+    }
+
+    /// The handler on the CPU where thread `tid` was last seen, if that is another than `index`.
+    pub fn home(&self, index: usize, tid: u32) -> Option<usize> {
+        let t = &self.threads[tid as usize % THREADS];
+        let cpu = t.cpu.load(Ordering::Relaxed);
+        let here = |h: &Handler| h.cpu.load(Ordering::Relaxed) == cpu;
+        if t.tid.load(Ordering::Relaxed) != tid || here(&self.handlers[index]) {
+            return None;
+        }
+        let active = (self.active.load(Ordering::Relaxed) as usize).min(HANDLERS);
+        self.handlers[..active].iter().position(here)
+    }
+
     /// The only handler follows a thread at once; where several threads fault, the worker places the handlers. Whether
     /// it went.
     fn go_there(&self, index: usize, tid: u32) -> bool {

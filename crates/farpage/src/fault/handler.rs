@@ -21,18 +21,39 @@ pub fn run(space: &'static Space, index: usize) -> ! {
     let mut messages = [Msg::Unknown(0); MSG_BATCH];
     let mut looked = false;
     let mut idler = Idler::default();
+    let (follow, mail) = (&space.faults.follow, &space.faults.mail);
+    mail.wake(index);
     loop {
+        let alone = follow.is_alone();
+        // Where there are several handlers, what another's thread waits for is left to him.
+        let batch = if alone { MSG_BATCH } else { 1 };
         // A thread that was woken has run in our place; when we get our turn again, its next fault is there already.
-        let n = match space.faults.read(fd, &mut messages, |m| space.event(m)) {
+        let n = match space.faults.read(fd, &mut messages[..batch], |m| space.event(m)) {
             Ok(n) => n,
             Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => 0,
             // Absent pages would turn into zeros if we went on.
             Err(e) => crate::sys::fatal(&format!("cannot read page faults: {e}")),
         };
+        let mut resolve = |addr, tid| {
+            if let Some(ns) = space.fault(addr, tid, &mut hands) {
+                follow.woke(index, &mut idler, tid, ns);
+            }
+        };
+        if n == 0
+            && let Some((addr, tid)) = mail.mine(index, alone)
+        {
+            resolve(addr, tid);
+            continue;
+        }
         if n == 0 && !looked {
-            space.faults.follow.nothing_to_do(space, index, &mut idler);
-            let turn = space.faults.follow.turn(index);
+            if let Some((addr, tid)) = mail.sleep(index) {
+                resolve(addr, tid);
+                continue;
+            }
+            follow.nothing_to_do(space, index, &mut idler);
+            let turn = follow.turn(index);
             uffd::wait(fd, if space.faults.waits() { Some(AGAIN) } else { turn });
+            mail.wake(index);
             // What was put aside is looked at after each wait, whatever ended it.
             looked = true;
             continue;
@@ -41,15 +62,13 @@ pub fn run(space: &'static Space, index: usize) -> ! {
         if space.faults.has_changes() {
             space.try_apply_changes();
         }
-        let mut resolve = |addr, tid| {
-            if let Some(ns) = space.fault(addr, tid, &mut hands) {
-                space.faults.follow.woke(index, &mut idler, tid, ns);
-            }
-        };
         for m in &messages[..n] {
             if let Msg::Fault { addr, tid } = *m {
-                space.faults.follow.fault(space, index, tid);
-                resolve(addr, tid);
+                follow.fault(space, index, tid);
+                let sent = !alone && follow.home(index, tid).is_some_and(|home| mail.send(home, addr, tid));
+                if !sent {
+                    resolve(addr, tid);
+                }
             }
         }
         // One round: what has to be put aside again waits for the next message or the bell.

@@ -6,6 +6,7 @@
 
 pub(crate) mod follow;
 pub mod handler;
+pub(crate) mod mail;
 mod resolve;
 mod stream;
 
@@ -75,6 +76,8 @@ pub struct Faults {
     managers: [AtomicU32; MANAGERS],
     /// See [`follow`].
     pub(crate) follow: follow::Follow,
+    /// See [`mail`].
+    mail: mail::Mail,
 }
 
 impl Faults {
@@ -90,6 +93,7 @@ impl Faults {
             bell: AtomicUsize::new(0),
             managers: [const { AtomicU32::new(0) }; MANAGERS],
             follow: follow::Follow::new(),
+            mail: mail::Mail::new(),
         }
     }
 
@@ -97,7 +101,7 @@ impl Faults {
     pub(crate) fn read(
         &self,
         fd: i32,
-        out: &mut [sys::uffd::Msg; sys::uffd::MSG_BATCH],
+        out: &mut [sys::uffd::Msg],
         mut change: impl FnMut(&sys::uffd::Msg),
     ) -> rustix::io::Result<usize> {
         let _reading = self.reading.lock();
@@ -244,6 +248,7 @@ impl Faults {
         self.changes.store(0, Ordering::SeqCst);
         self.waiting.store(0, Ordering::SeqCst);
         self.follow.reset();
+        self.mail.reset();
     }
 
     fn streams(&self) -> MutexGuard<'_, Streams> {

@@ -277,11 +277,12 @@ pub fn wait(fd: RawFd, timeout: Option<std::time::Duration>) {
     let _outcome = unsafe { libc::poll(&raw mut poll, 1, ms) };
 }
 
-/// Reads messages into `out` and returns how many; EAGAIN: there are none.
-pub fn read(fd: RawFd, out: &mut [Msg; MSG_BATCH]) -> rustix::io::Result<usize> {
+/// Reads messages into `out`, at most [`MSG_BATCH`], and returns how many; EAGAIN: there are none.
+pub fn read(fd: RawFd, out: &mut [Msg]) -> rustix::io::Result<usize> {
     let mut raw = [[0u8; MSG_SIZE]; MSG_BATCH];
+    let raw = &mut raw[..out.len().min(MSG_BATCH)];
     // SAFETY: any bytes are valid for an array of bytes.
-    let n = unsafe { libc::read(fd, raw.as_mut_ptr().cast(), size_of_val(&raw)) };
+    let n = unsafe { libc::read(fd, raw.as_mut_ptr().cast(), size_of_val(raw)) };
     if n < 0 {
         return Err(last_errno());
     }
