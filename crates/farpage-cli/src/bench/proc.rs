@@ -65,12 +65,14 @@ fn field_kib(text: &str, name: &str) -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// Nanoseconds of CPU that all threads of a process have used; 0 once it is gone.
-pub fn cpu_ns(pid: u32) -> u64 {
+/// Nanoseconds of CPU that all threads of a process but the calling one have used; 0 once it is gone.
+pub fn others_cpu_ns(pid: u32) -> u64 {
+    let me = rustix::thread::gettid().as_raw_nonzero().to_string();
     fs::read_dir(format!("/proc/{pid}/task"))
         .into_iter()
         .flatten()
-        .filter_map(|task| fs::read_to_string(task.ok()?.path().join("schedstat")).ok())
+        .filter_map(|task| Some(task.ok()?.path()).filter(|path| !path.ends_with(&me)))
+        .filter_map(|path| fs::read_to_string(path.join("schedstat")).ok())
         .filter_map(|s| s.split_ascii_whitespace().next()?.parse::<u64>().ok())
         .sum()
 }
@@ -131,7 +133,7 @@ mod tests {
         let _ = child.wait();
         assert!(tree.contains(&me) && tree.contains(&child.id()));
         assert!(rss_anon(me).unwrap() > 4096);
-        assert!(cpu_ns(me) > 0);
+        assert!(others_cpu_ns(child.id()) == 0 && others_cpu_ns(1) > 0);
     }
 
     #[test]
