@@ -6,6 +6,7 @@ use std::process::ExitStatus;
 use crate::access::Pattern;
 use crate::error::CliError;
 
+mod bare;
 mod cgroup;
 pub mod data;
 pub mod histogram;

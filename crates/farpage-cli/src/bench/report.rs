@@ -30,6 +30,8 @@ pub struct Machine {
     pub rounds: u32,
     pub kernel_side: Option<String>,
     pub kernel_side_missing: Option<String>,
+    /// See [`super::bare`].
+    pub bare_fault_us: Option<f64>,
 }
 
 impl Machine {
@@ -72,6 +74,19 @@ impl Row {
 
     fn ratio(&self) -> Option<Ratio> {
         ratio(&times(&self.theirs), &times(&self.ours))
+    }
+
+    /// How much faster than swap random accesses of one thread could be if each of our faults took only `bare` µs, and all
+    /// else nothing.
+    fn most_by_a_thread(&self, bare: f64) -> Option<f64> {
+        if !matches!(self.case.spec.pattern, Pattern::RandRead | Pattern::RandWrite)
+            || self.case.spec.threads != 1
+        {
+            return None;
+        }
+        let faults = |o: &Outcome| o.phase.slow.count as f64 / o.phase.accesses as f64;
+        let faults = median(&self.ours.iter().map(faults).collect::<Vec<_>>())?;
+        Some(median(&times(&self.theirs))? / (bare * faults))
     }
 
     fn idle_percent(&self) -> Option<f64> {
@@ -198,6 +213,21 @@ impl Report {
             if !rows.is_empty() {
                 let _ = writeln!(text, "\n{title}");
                 text += &table(&rows, if within_budget { "plain" } else { "swap" });
+            }
+        }
+        if let Some(bare) = m.bare_fault_us {
+            let _ = writeln!(
+                text,
+                "\na bare fault takes {bare:.1} µs: userfaultfd, one page moved in by a thread on the same CPU, no device, no reclaim"
+            );
+            for row in &self.rows {
+                if let Some(most) = row.most_by_a_thread(bare) {
+                    let _ = writeln!(
+                        text,
+                        "  so {} × 1 can be at most {most:.2}× as fast as swap",
+                        row.case.name
+                    );
+                }
             }
         }
         for row in &self.rows {

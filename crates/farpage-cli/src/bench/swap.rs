@@ -6,6 +6,7 @@ use super::cgroup::{Cgroup, CgroupError};
 use super::plan::{Args, Case};
 use super::report::{Machine, Report, Row};
 use super::side::{Runner, Side, Spec, counter};
+use super::stats::median;
 use super::zram::{ZramError, ZramSwap};
 use super::{BenchError, proc};
 use crate::access::Pattern;
@@ -70,8 +71,15 @@ pub fn run(args: &Args) -> Result<u8, BenchError> {
     machine.kernel_side_missing = missing;
 
     let mut rows: Vec<Row> = cases.into_iter().map(Row::new).collect();
+    let mut bare: Vec<f64> = Vec::new();
     let total = args.rounds() as usize * rows.len();
+    let random = |row: &Row| matches!(row.case.spec.pattern, Pattern::RandRead | Pattern::RandWrite);
+    let wants_bare = rows.iter().any(random);
     for round in 0..args.rounds() {
+        if wants_bare {
+            // Without permission there is no farpage side either, which says so.
+            bare.extend(super::bare::fault().ok());
+        }
         for i in 0..rows.len() {
             progress(round as usize * rows.len() + i, total, &rows[i].case);
             measure(&runner, &mut rows[i], round)?;
@@ -79,6 +87,7 @@ pub fn run(args: &Args) -> Result<u8, BenchError> {
     }
     progress_end();
     drop(kernel);
+    machine.bare_fault_us = median(&bare);
     let report = Report { machine, rows };
     let text = if args.json { report.json() } else { report.table() };
     io::stdout().write_all(text.as_bytes()).map_err(BenchError::io("print the report"))?;
