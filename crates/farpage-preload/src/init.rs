@@ -114,6 +114,7 @@ fn spawn(f: extern "C" fn(*mut libc::c_void) -> *mut libc::c_void, arg: usize) -
 extern "C" fn constructor() {
     if let Some(space) = space() {
         crate::fork::register();
+        crate::transfers::look_up();
         start_threads(space);
     }
 }

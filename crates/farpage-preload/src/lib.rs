@@ -10,6 +10,7 @@ mod fork;
 mod init;
 mod malloc;
 mod map;
+mod transfers;
 
 /// Returns the C convention: -1 and errno.
 fn fail<T: From<i8>>(e: rustix::io::Errno) -> T {

@@ -395,6 +395,15 @@ pub fn run_farpage(job: &Job) -> Result<(Outcome, Stats), TestError> {
 /// Runs the job plainly, then under farpage with `dram`, and compares output and exit status; the stats must
 /// hold what the job expects. Exit status 77 of the plain run is a skip (its output says why).
 pub fn run_both(job: &Job, dram: &str) -> Result<Verdict, String> {
+    run_both_and(job, dram, |_| Ok(()))
+}
+
+/// As [`run_both`]; `check` looks at the stats of the run under farpage, too.
+pub fn run_both_and(
+    job: &Job,
+    dram: &str,
+    check: impl FnOnce(&Stats) -> Result<(), String>,
+) -> Result<Verdict, String> {
     let plain = run_plain(job)?;
     if plain.status == 77 {
         let said = text(&plain.stdout);
@@ -412,7 +421,7 @@ pub fn run_both(job: &Job, dram: &str) -> Result<Verdict, String> {
     if plain_only() {
         return Ok(Verdict::Passed);
     }
-    let (paged, _) = match run_farpage(&job.clone().dram(dram)) {
+    let (paged, stats) = match run_farpage(&job.clone().dram(dram)) {
         Ok(done) => done,
         Err(e) => return Err(e.to_string()),
     };
@@ -433,5 +442,5 @@ pub fn run_both(job: &Job, dram: &str) -> Result<Verdict, String> {
             paged.tail()
         ));
     }
-    Ok(Verdict::Passed)
+    check(&stats).map(|()| Verdict::Passed)
 }

@@ -15,7 +15,7 @@ pub mod tree;
 
 pub use binary::farpage;
 pub use compile::program;
-pub use job::{Job, Outcome, Running, TestError, run_both, run_farpage, run_plain};
+pub use job::{Job, Outcome, Running, TestError, run_both, run_both_and, run_farpage, run_plain};
 pub use stats::{Expect, Stats};
 pub use suite::{Body, Test, Verdict, plain_only, suite};
 

@@ -21,6 +21,7 @@ pub struct Stats {
     pub pages_same: u64,
     pub prefetched: u64,
     pub pinned_skips: u64,
+    pub held_skips: u64,
     pub store_errors: u64,
     pub load_errors: u64,
     pub poisoned: u64,

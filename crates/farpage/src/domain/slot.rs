@@ -34,6 +34,7 @@ pub enum Counter {
     PagesSame,
     Prefetched,
     PinnedSkips,
+    HeldSkips,
     StoreErrors,
     LoadErrors,
     Poisoned,
@@ -43,7 +44,7 @@ pub enum Counter {
     PlainRefs,
 }
 /// How many counters there are.
-pub const COUNTERS: usize = 17;
+pub const COUNTERS: usize = Counter::PlainRefs as usize + 1;
 
 /// One process of the domain. Lies in shared memory; zero is a valid (free) slot.
 #[repr(C, align(64))]

@@ -38,6 +38,8 @@ pub struct Stats {
     pub prefetched: u64,
     /// Pages left where they were because the kernel had them pinned.
     pub pinned_skips: u64,
+    /// Pages left where they were because a call was writing to them, or to others of their granule.
+    pub held_skips: u64,
     /// Stores that a device refused.
     pub store_errors: u64,
     /// Loads that failed or did not match their checksum.
@@ -98,6 +100,7 @@ impl Domain {
             pages_same: get(Counter::PagesSame),
             prefetched: get(Counter::Prefetched),
             pinned_skips: get(Counter::PinnedSkips),
+            held_skips: get(Counter::HeldSkips),
             store_errors: get(Counter::StoreErrors),
             load_errors: get(Counter::LoadErrors),
             poisoned: get(Counter::Poisoned),

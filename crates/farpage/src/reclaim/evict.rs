@@ -82,11 +82,12 @@ impl Space {
         let mut empty = mask(0, ready);
         {
             let _guards = stretch.lock();
+            let _moving = self.begin_move();
             let mut news = self.faults.no_news();
             let mut movable = 0u64;
             for (i, found) in founds.iter().enumerate() {
                 found.granule.clear(flag::QUEUED);
-                if self.in_flux(found.start, found.end) {
+                if self.in_flux(found.start, found.end) || self.is_held(found.start, found.end) {
                     in_flux |= mask(i, 1);
                 } else if found.granule.slot().is_some() {
                     // On its way out already; what came back meanwhile queues when that is settled.

@@ -139,6 +139,7 @@ impl Space {
         // SAFETY: this is the only thread; other threads of the parent may have held these.
         unsafe {
             self.faults.renew();
+            self.holds.reset();
             self.ahead.renew(VecDeque::new());
             self.outgoing.renew(VecDeque::new());
             self.flux.renew(super::behind::Flux::default());

@@ -14,6 +14,7 @@ mod advice;
 mod behind;
 pub(crate) mod bits;
 pub mod fork;
+mod hold;
 pub mod ops;
 mod orphan;
 pub(crate) mod puts;
@@ -25,6 +26,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::{MutexGuard, OnceLock, PoisonError};
 
+pub use hold::Hold;
 use range::{Found, Ranges, flag};
 use slots::Slots;
 
@@ -109,6 +111,8 @@ pub struct Space {
     leaving: AtomicU32,
     /// Ranges that others drop pages of just now.
     flux: sys::Mutex<behind::Flux>,
+    /// See [`hold`].
+    holds: hold::Holds,
     /// No device takes a page any more; cleared when frames become free.
     pub(crate) full: AtomicBool,
     pub(crate) said_full: AtomicBool,
@@ -160,6 +164,7 @@ impl Space {
             outgoing: sys::Mutex::new(VecDeque::new()),
             leaving: AtomicU32::new(0),
             flux: sys::Mutex::new(behind::Flux::default()),
+            holds: hold::Holds::new(),
             full: AtomicBool::new(false),
             said_full: AtomicBool::new(false),
             stuck_until: AtomicU64::new(0),
