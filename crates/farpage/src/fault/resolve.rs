@@ -252,10 +252,13 @@ impl Space {
         if done > 0 && first != Entry::Kernel {
             self.count(Counter::PagesIn, done as u64);
         }
-        if done > 0 && self.full.load(Ordering::Relaxed) {
+        if done > 0 && first != Entry::Kernel && self.full.load(Ordering::Relaxed) {
             // No device takes another page: what these leave behind there lets others out.
             self.put_entries(addr, end);
-            self.stuck_until.store(0, Ordering::Relaxed);
+            // While that is enough, pages change places instead of going above the budget.
+            if self.domain.charged() < self.domain.budget() + self.domain.budget() / 32 {
+                self.stuck_until.store(0, Ordering::Relaxed);
+            }
         }
         // A second thread's fault on the page comes when it is there already. If it is not, we have lost it. (What nobody
         // waits for may have been moved away behind our back.)
