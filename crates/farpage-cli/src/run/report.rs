@@ -70,19 +70,9 @@ pub fn summary(stats: &Value) -> String {
     for device in stats.get("devices").and_then(Value::as_array).into_iter().flatten() {
         let d = |name| number(device, name);
         let name = device.get("name").and_then(Value::as_str).unwrap_or("device");
-        let ratio = if d("payload") == 0 {
-            String::new()
-        } else {
-            format!(", {:.1}:1", (d("frames").saturating_mul(PAGE)) as f64 / d("payload") as f64)
-        };
         lines.push((
             name.into(),
-            format!(
-                "{} of {} used for {} of pages{ratio}",
-                human(d("used")),
-                human(d("capacity")),
-                human(d("frames").saturating_mul(PAGE)),
-            ),
+            format!("{} of {} used at most", human(d("peak").max(d("used"))), human(d("capacity"))),
         ));
     }
     let width = lines.iter().map(|(label, _)| label.chars().count()).max().unwrap_or(0);
@@ -107,12 +97,12 @@ mod tests {
     fn the_summary_is_aligned_and_in_readable_units() {
         let stats = json!({
             "processes": 3, "reaped": 1, "dram_budget": 256u64 << 20, "dram_peak": 255u64 << 20, "pages_out": 1024,
-            "devices": [{"name": "ram:1G", "capacity": 1u64 << 30, "used": 1 << 20, "payload": 1 << 20, "frames": 512}],
+            "devices": [{"name": "ram:1G", "capacity": 1u64 << 30, "used": 1 << 17, "peak": 1 << 20}],
         });
         let text = summary(&stats);
         assert!(text.contains("farpage: DRAM         255M at most, budget 256M\n"), "{text}");
         assert!(text.contains("farpage: pages out    1024 (4M)\n"), "{text}");
-        assert!(text.contains("farpage: ram:1G       1M of 1G used for 2M of pages, 2.0:1\n"), "{text}");
+        assert!(text.contains("farpage: ram:1G       1M of 1G used at most\n"), "{text}");
         assert_eq!(text.lines().count(), 11);
         assert!(warnings(&stats).is_empty());
     }

@@ -72,6 +72,8 @@ pub struct Usage {
     pub used: u64,
     /// What the pages on it need at least (for `ram`: the compressed bytes).
     pub payload: u64,
+    /// The most that it has used at once.
+    pub peak: u64,
 }
 
 /// Where pages live when they are not in DRAM.

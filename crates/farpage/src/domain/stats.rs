@@ -69,6 +69,8 @@ pub struct DeviceStats {
     pub capacity: u64,
     /// What it uses.
     pub used: u64,
+    /// The most that it has used.
+    pub peak: u64,
     /// What its pages need at least.
     pub payload: u64,
     /// Frames in use.
@@ -118,6 +120,7 @@ impl Domain {
                         name: p.device.name().into(),
                         capacity: u.capacity,
                         used: u.used,
+                        peak: u.peak,
                         payload: u.payload,
                         frames: p.frames.used() as u64,
                     }

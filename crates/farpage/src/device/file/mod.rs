@@ -87,6 +87,8 @@ pub struct File {
     sums: &'static [AtomicU32],
     /// Frames stored: exact but for what dying processes leave off by one.
     stored: &'static AtomicU32,
+    /// The most that there were.
+    peak: &'static AtomicU32,
     rings: Slots<Option<Ring>, RINGS>,
     ring_allowed: AtomicBool,
 }
@@ -102,6 +104,7 @@ impl File {
             file: open_backing(path)?,
             sums: sums.part(0, frames(size) as usize * 12).atomics32(),
             stored: &head.atomics32()[0],
+            peak: &head.atomics32()[1],
             rings: Slots::new([const { None }; RINGS]),
             ring_allowed: AtomicBool::new(true),
         })
@@ -117,7 +120,10 @@ impl File {
         let had = self.sum(pfn) != Sum::default();
         self.sum_words(pfn).iter().zip(sum.0).for_each(|(word, part)| word.store(part, Relaxed));
         match (had, sum != Sum::default()) {
-            (false, true) => drop(self.stored.fetch_add(1, Relaxed)),
+            (false, true) => {
+                let stored = self.stored.fetch_add(1, Relaxed) + 1;
+                self.peak.fetch_max(stored, Relaxed);
+            }
             (true, false) => drop(self.stored.fetch_sub(1, Relaxed)),
             _ => {}
         }
@@ -365,7 +371,8 @@ impl Device for File {
 
     fn usage(&self) -> Usage {
         let stored = u64::from(self.stored.load(Relaxed)) * PAGE_SIZE as u64;
-        Usage { capacity: offset(self.frames), used: stored, payload: stored }
+        let peak = u64::from(self.peak.load(Relaxed)) * PAGE_SIZE as u64;
+        Usage { capacity: offset(self.frames), used: stored, payload: stored, peak }
     }
 }
 

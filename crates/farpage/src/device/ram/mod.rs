@@ -228,7 +228,7 @@ impl Device for Ram {
 
     fn usage(&self) -> Usage {
         let (used, payload) = self.pool.used();
-        Usage { capacity: self.size, used, payload }
+        Usage { capacity: self.size, used, payload, peak: self.pool.peak() }
     }
 }
 

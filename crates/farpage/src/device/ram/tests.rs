@@ -67,6 +67,7 @@ fn empty_chunks_go_back_to_the_kernel() {
     assert!(resident(&ram) >= 12 << 20);
     ram.free(&(0..3000).collect::<Vec<_>>(), ME);
     assert!(resident(&ram) <= 1 << 20, "{}", resident(&ram));
+    assert!(ram.usage().peak >= 12 << 20 && ram.usage().used <= 1 << 20, "{:?}", ram.usage());
     round_trip(&ram, &pages[..100]);
 }
 

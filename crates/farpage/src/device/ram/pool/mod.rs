@@ -44,6 +44,8 @@ const BARE: usize = 5;
 const USED: usize = 6;
 /// Frames from this one on never had an object.
 const HIGH: usize = 7;
+/// The most chunks that had memory at once.
+const PEAK: usize = 8;
 /// `GROUPS` lists of partly filled chunks a class.
 const PARTIAL: usize = 16;
 /// Free slots of a class.
@@ -143,6 +145,11 @@ impl Pool {
     pub fn used(&self) -> (u64, u64) {
         let chunks = self.head[USED].load(Relaxed) + self.head[EMPTY_COUNT].load(Relaxed);
         (u64::from(chunks) * CHUNK as u64, self.sums[0].load(Relaxed))
+    }
+
+    /// The most bytes that chunks have occupied.
+    pub fn peak(&self) -> u64 {
+        u64::from(self.head[PEAK].load(Relaxed)) * CHUNK as u64
     }
 
     /// Has the kernel provide the memory of the next fresh chunks, so that whoever divides them under the lock
@@ -312,6 +319,7 @@ impl Held<'_> {
         self.set(chunk, COUNT, 0);
         self.map(chunk).iter().for_each(|word| word.store(0, Relaxed));
         self.add_head(USED, 1);
+        self.set_head(PEAK, self.head(PEAK).max(self.head(USED) + self.head(EMPTY_COUNT)));
         self.add_head(FREE + class, slots as i32);
         self.add_sum(1, (slots * TABLE[class].size) as i64);
         Some(chunk)
