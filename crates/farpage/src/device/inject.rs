@@ -300,6 +300,10 @@ impl Device for Inject {
         self.inner.repair(owner);
     }
 
+    fn soon(&self, pfns: &mut dyn Iterator<Item = Pfn>) {
+        self.inner.soon(pfns);
+    }
+
     fn usage(&self) -> Usage {
         self.inner.usage()
     }

@@ -96,6 +96,11 @@ pub trait Device: Send + Sync {
     fn load(&self, ops: &mut [LoadOp<'_>]);
     /// The checksum of a stored frame.
     fn sum(&self, pfn: Pfn) -> Sum;
+    /// The checksums, and perhaps the bytes, of these frames are going to be asked for: a device in memory may have
+    /// them fetched into the cache, all at the same time.
+    fn soon(&self, pfns: &mut dyn Iterator<Item = Pfn>) {
+        let _pfns = pfns;
+    }
     /// The frame's storage is no longer needed (Linux: `page_free`). Must be idempotent: a process that
     /// died inside it has it called again. `pfns` may be many: one pass, one lock.
     fn free(&self, pfns: &[Pfn], owner: Owner);

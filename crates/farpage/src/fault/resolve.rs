@@ -242,7 +242,7 @@ impl Space {
                 _ => {}
             }
         }
-        for found in stretch.iter().filter(|f| f.start < end) {
+        for found in stretch.iter().filter(|f| done > 0 && f.start < end) {
             if found.granule.slot().is_some() {
                 found.granule.set(flag::REQUEUE);
             } else {

@@ -60,6 +60,7 @@ impl Space {
             let staged = self.slots.staged(slot);
             let mut freed = 0u64;
             let (mut clean, mut same) = (0, 0);
+            self.fetch(slot, staged, base);
             let mut rest = staged;
             for _ in 0..BATCH {
                 if rest == 0 {
@@ -137,6 +138,29 @@ impl Space {
             Settled::More
         } else {
             Settled::Full
+        }
+    }
+
+    /// Has what is needed of the next few staged pages fetched into the cache, all at the same time.
+    fn fetch(&self, slot: u32, staged: u64, base: usize) {
+        let pages = || {
+            let mut rest = staged;
+            std::iter::from_fn(move || {
+                let i = (rest != 0).then(|| rest.trailing_zeros() as usize)?;
+                rest &= rest - 1;
+                Some(i)
+            })
+            .take(BATCH)
+        };
+        for i in pages() {
+            crate::sys::prefetch(self.slots.addr(slot, i), 256);
+        }
+        for map in &self.domain.pagemaps {
+            let copies = pages().filter_map(|i| match self.entries.get(base + i * PAGE_SIZE) {
+                Entry::Copied(dev, pfn) if dev == map.id => Some(pfn),
+                _ => None,
+            });
+            map.device.soon(&mut { copies });
         }
     }
 

@@ -26,6 +26,9 @@ const STUCK_MS: u64 = 20;
 /// How long who makes room waits for those who settle, who may be waiting for a device.
 const HOLD_STILL: std::time::Duration = std::time::Duration::from_micros(200);
 
+/// Milliseconds for which somebody else is left to make room.
+const OTHERS_ROOM_MS: u64 = 20;
+
 /// What an attempt to make frames free came to.
 enum Reclaimed {
     /// Something has left.
@@ -130,10 +133,22 @@ impl Space {
     /// the program runs: the threads that fault wait for this, and the worker holds still; a CPU that idles needs no flush.
     /// What is settled meanwhile goes to the kernel the next time. False: there was nothing to give to the kernel.
     fn make_room(&self, world: &World) -> bool {
-        let _alone = self.making_room.lock();
-        if self.domain.charged() < self.domain.budget() {
-            return true;
-        }
+        let began = crate::sys::now_ms();
+        let alone = loop {
+            // As a lock that one tries; nobody takes it shared.
+            let alone = self.making_room.try_write_for(std::time::Duration::ZERO);
+            if self.domain.charged() < self.domain.budget() {
+                return true;
+            }
+            if let Some(alone) = alone {
+                break alone;
+            }
+            // Not for ever: who makes room may be waiting for a fault of his own, which is then ours to resolve.
+            if crate::sys::now_ms() > began + OTHERS_ROOM_MS {
+                return false;
+            }
+            self.slots.wait_for_free(std::time::Duration::from_millis(OTHERS_ROOM_MS / 4));
+        };
         let quiet = self.quiet.try_write_for(HOLD_STILL);
         let given = self.slots.give_up();
         self.domain.uncharge(self.me(), given);
@@ -145,6 +160,8 @@ impl Space {
             }
         }
         drop(quiet);
+        drop(alone);
+        self.slots.say_freed();
         self.settle_wanted.store(true, Ordering::Relaxed);
         self.wake_worker();
         given > 0

@@ -94,7 +94,7 @@ pub struct Space {
     /// See [`MoveCost`].
     pub(crate) move_cost: MoveCost,
     /// Held by who makes room; whoever else needs room waits for him, and then has it.
-    pub(crate) making_room: sys::Mutex<()>,
+    pub(crate) making_room: RwLock<()>,
     /// Held, shared, by who settles; exclusively, for a moment, by who evicts: see [`Space::make_room`]. Only for speed.
     pub(crate) quiet: RwLock<()>,
     /// The worker sleeps.
@@ -155,7 +155,7 @@ impl Space {
             stock_wanted: AtomicBool::new(false),
             settle_wanted: AtomicBool::new(false),
             move_cost: MoveCost::default(),
-            making_room: sys::Mutex::new(()),
+            making_room: RwLock::new(()),
             quiet: RwLock::new(()),
             asleep: AtomicBool::new(false),
             forks: AtomicU32::new(0),

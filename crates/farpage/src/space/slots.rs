@@ -367,7 +367,8 @@ impl Slots {
         self.waiters.fetch_sub(1, Ordering::SeqCst);
     }
 
-    fn say_freed(&self) {
+    /// Wakes who waits for frames, or for room.
+    pub(crate) fn say_freed(&self) {
         if self.waiters.load(Ordering::SeqCst) != 0 {
             self.freed.fetch_add(1, Ordering::SeqCst);
             crate::sys::futex_wake(&self.freed, i32::MAX);

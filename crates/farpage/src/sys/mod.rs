@@ -20,7 +20,7 @@ pub mod uffd;
 pub use futex::{futex_wait, futex_wait_any, futex_wake};
 pub use lock::{Locked, Peers, RobustLock};
 pub use memory::{
-    ForkMark, drop_page, drop_pages, mappings_in, private_page, read_fault, reserve, stack_pointer,
+    ForkMark, drop_page, drop_pages, mappings_in, prefetch, private_page, read_fault, reserve, stack_pointer,
     write_fault,
 };
 pub use mutex::{Mutex, MutexGuard};

@@ -33,6 +33,8 @@ pub const MAX_SIZE: u64 = 128 << 30;
 const BATCH: usize = 64;
 /// An LZ4 block longer than this saves no slot against the plain page.
 const MAX_COMPRESSED: usize = PAGE_SIZE - HEADER;
+/// Bytes of an object that are fetched ahead; the CPU sees by itself then that the rest will be wanted.
+const SOON: usize = 256;
 /// Threads of a process that can compress at the same time; more wait for each other.
 const SCRATCHES: usize = 4;
 
@@ -201,6 +203,9 @@ impl Device for Ram {
     }
 
     fn load(&self, ops: &mut [LoadOp<'_>]) {
+        if ops.len() > 1 {
+            self.soon(&mut ops.iter().map(|op| op.pfn));
+        }
         let mut buf = Buffer::new();
         for op in ops {
             op.result = self.load_one(op.pfn, op.page, &mut buf);
@@ -209,6 +214,16 @@ impl Device for Ram {
 
     fn sum(&self, pfn: Pfn) -> Sum {
         self.fetch(pfn, &mut Buffer::<HEADER>::new()).map_or_else(|_| Sum::default(), |(sum, _)| sum)
+    }
+
+    fn soon(&self, pfns: &mut dyn Iterator<Item = Pfn>) {
+        for pfn in pfns {
+            // A hint: should the object be moved meanwhile, something else is in the cache.
+            let loc = self.pool.locs().get(pfn as usize).and_then(|word| Loc::unpack(word.load(Ordering::Relaxed)));
+            if let Some(offset) = loc.and_then(|loc| self.pool.offset(loc)) {
+                crate::sys::prefetch(self.pool.data().addr() + offset, SOON);
+            }
+        }
     }
 
     fn free(&self, pfns: &[Pfn], owner: Owner) {
