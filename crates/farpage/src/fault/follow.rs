@@ -32,6 +32,8 @@ const LAST_PENANCE_MS: u64 = 10_000;
 const FAST: u64 = 16;
 /// Faults until it is looked again where a thread is, come what may; see [`Idler`] for what comes first.
 const RECHECK: u64 = 256;
+/// Nanoseconds that it takes to resolve a fault for one page, at most.
+const USUAL: u64 = 20_000;
 /// Nanoseconds in which a thread that was woken on our CPU has hardly run and faulted again.
 const SHORT: u64 = 30_000;
 /// The most times that a handler finds nothing to do and does not look where the thread is that it woke.
@@ -205,6 +207,17 @@ impl Follow {
             self.move_worker();
         }
         go
+    }
+
+    /// To resolve a fault of thread `tid` took so many nanoseconds: one that brought in much counts for more than one, or a
+    /// stream would not be worth a handler on its CPU.
+    pub fn resolved(&self, tid: u32, ns: u64) {
+        let more = ns / USUAL;
+        if more > 1 {
+            let t = &self.threads[tid as usize % THREADS];
+            t.faults.fetch_add(more - 1, Ordering::Relaxed);
+            t.until.fetch_add(more - 1, Ordering::Relaxed);
+        }
     }
 
     /// Handler `index` has woken a thread, which took so many nanoseconds.

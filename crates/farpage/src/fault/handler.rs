@@ -35,7 +35,9 @@ pub fn run(space: &'static Space, index: usize) -> ! {
             Err(e) => crate::sys::fatal(&format!("cannot read page faults: {e}")),
         };
         let mut resolve = |addr, tid| {
+            let began = crate::sys::now_ns();
             if let Some(ns) = space.fault(addr, tid, &mut hands) {
+                follow.resolved(tid, crate::sys::now_ns().saturating_sub(began + ns));
                 follow.woke(index, &mut idler, tid, ns);
             }
         };
