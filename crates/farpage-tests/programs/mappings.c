@@ -150,6 +150,29 @@ static void do_fixed_move(void) {
     drop(target, N);
 }
 
+/* A mapping too small to be managed grows, and moves over managed memory: what it brings along must not be given back
+ * to the budget as if it had been charged. */
+static void do_small_over(void) {
+    enum { SMALL = 16 };
+    for (int round = 0; round < 8; round++) {
+        char *small = mmap(NULL, SMALL * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        ok(small != MAP_FAILED);
+        fill(small, SMALL, 21, 0);
+        char *big = mremap(small, SMALL * PAGE, N * PAGE, MREMAP_MAYMOVE);
+        ok(big != MAP_FAILED);
+        fill(big + SMALL * PAGE, N - SMALL, 21, SMALL);
+        char *target = map_pages(N);
+        fill(target, N, 4, 0);
+        bring(target, N);
+        ok(mremap(big, N * PAGE, N * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, target) == target);
+        check(target, N, 21, 0, at("a small mapping, grown, over another"));
+        fill(target, N, 22, 0);
+        pressure();
+        check(target, N, 22, 0, at("a small mapping, moved and written"));
+        drop(target, N);
+    }
+}
+
 static void do_dontunmap(void) {
     char *p = region();
     char *q = mremap(p, N * PAGE, N * PAGE, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, NULL);
@@ -543,6 +566,7 @@ CASE(grow)
 CASE(shrink)
 CASE(fixed_move)
 CASE(dontunmap)
+CASE(small_over)
 CASE(protect)
 CASE(dontneed)
 CASE(free)
@@ -565,6 +589,7 @@ int main(int argc, char **argv) {
         {"shrink", case_shrink},
         {"fixed-move", case_fixed_move},
         {"dontunmap", case_dontunmap},
+        {"small-over", case_small_over},
         {"protect", case_protect},
         {"dontneed", case_dontneed},
         {"free", case_free},

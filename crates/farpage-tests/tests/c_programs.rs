@@ -33,6 +33,7 @@ const CASES: &[(&str, &[&str])] = &[
             "shrink",
             "fixed-move",
             "dontunmap",
+            "small-over",
             "dontneed",
             "free",
             "advise",
