@@ -219,7 +219,8 @@ impl Device for Ram {
     fn soon(&self, pfns: &mut dyn Iterator<Item = Pfn>) {
         for pfn in pfns {
             // A hint: should the object be moved meanwhile, something else is in the cache.
-            let loc = self.pool.locs().get(pfn as usize).and_then(|word| Loc::unpack(word.load(Ordering::Relaxed)));
+            let loc =
+                self.pool.locs().get(pfn as usize).and_then(|word| Loc::unpack(word.load(Ordering::Relaxed)));
             if let Some(offset) = loc.and_then(|loc| self.pool.offset(loc)) {
                 crate::sys::prefetch(self.pool.data().addr() + offset, SOON);
             }
