@@ -12,6 +12,8 @@ use crate::domain::Counter;
 
 /// Calls that hold a buffer each; with more at once everything is held.
 const HOLDS: usize = 32;
+/// An eviction takes about as long.
+const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_micros(100);
 /// In place of an address: taken, the address is still to come.
 const TAKEN: usize = 1;
 
@@ -105,8 +107,13 @@ impl Space {
         let hold = Hold { space: self, index: self.holds.take(start, end) };
         // With the fence in `begin_move`: either an eviction sees the hold, or we see the eviction.
         fence(Ordering::SeqCst);
-        while self.holds.moving.load(Ordering::SeqCst) != 0 {
-            crate::sys::yield_now();
+        loop {
+            let moving = self.holds.moving.load(Ordering::SeqCst);
+            if moving == 0 {
+                break;
+            }
+            // Asleep, not spinning: who evicts may be of a lower priority than we are, on this CPU.
+            crate::sys::futex_wait(&self.holds.moving, moving, Some(LOOK_AGAIN));
         }
         hold
     }

@@ -33,7 +33,6 @@ impl Space {
         let kept = old_len.min(new_len);
         let target_charge = target.map_or(0, |t| self.charge_of(world, t, t + new_len));
         let tail_charge = self.charge_of(world, from + kept, from + old_len);
-        let moved_charge = self.charge_of(world, from, from + kept);
         // What goes away goes without events; the move itself brings one, which is known to be ours.
         self.faults.expect(from, from + old_len);
         if let Some(t) = target {
@@ -68,9 +67,6 @@ impl Space {
         }
         if to != from {
             self.move_entries(world, from, to, kept)?;
-            // What was not managed before is now, and its pages in DRAM with it.
-            let more = self.charge_of(world, to, to + kept).saturating_sub(moved_charge);
-            self.domain.force_charge(self.me(), more);
             if keep_old {
                 let _not_registered = world.uffd.unregister(from, old_len);
                 self.add(world, from, from + old_len)?;
