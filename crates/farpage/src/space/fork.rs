@@ -134,7 +134,7 @@ impl Space {
         self.domain.changed();
         // SAFETY: the window at this address is our page entries; from now on they are the child's, in whose window
         // the parent has written them.
-        unsafe { window.move_over(self.window) }.map_err(sys_err("take over the page entries"))?;
+        unsafe { window.move_over(self.window.addr()) }.map_err(sys_err("take over the page entries"))?;
         self.running.store(false, Ordering::Relaxed);
         // SAFETY: this is the only thread; other threads of the parent may have held these.
         unsafe {
@@ -155,7 +155,7 @@ impl Space {
             ranges.take(start, end);
         }
         // The parent's descriptors go, ours come.
-        *world = World::open(Ranges::default(), &self.slots)?;
+        *world = World::open(Ranges::default(), &self.slots, self.mode)?;
         world.ranges = ranges;
         register_all(&world)?;
         self.note_descriptors(&world);

@@ -36,7 +36,7 @@ use crate::fault::Faults;
 use crate::frame::Owner;
 use crate::reclaim::cost::MoveCost;
 use crate::sys::uffd::{Stop, Uffd, features};
-use crate::sys::{self, PageScan, RwLock};
+use crate::sys::{self, PageScan, RwLock, SharedMap, Stopper};
 use crate::{PAGE_SIZE, domain};
 
 /// Milliseconds until a granule that could not move is tried again.
@@ -60,6 +60,19 @@ pub struct World {
     pub scan: PageScan,
 }
 
+/// Who resolves the faults of a space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FaultMode {
+    /// The manager's handler threads, told by userfaultfd messages. System calls into pages that are away work.
+    Threaded,
+    /// The thread that faults, by a SIGBUS handler: about half the time of the above, and any process may do it. A system call
+    /// that meets a page that is away fails with EFAULT: pin what it is given.
+    Inline,
+}
+
+/// Starts handler number so-and-so; false: it cannot.
+type Starter = Box<dyn Fn(usize) -> bool + Send + Sync>;
+
 /// The manager of one process's address space.
 pub struct Space {
     /// The domain it belongs to.
@@ -67,7 +80,7 @@ pub struct Space {
     me: AtomicU32,
     /// Its page entries.
     pub entries: Entries,
-    window: usize,
+    window: SharedMap,
     /// See the module's text.
     pub world: RwLock<World>,
     /// Staging slots and free frames.
@@ -85,8 +98,12 @@ pub struct Space {
     /// Not set in a child that nobody prepared: there all this is the parent's.
     mark: sys::ForkMark,
     running: AtomicBool,
+    /// Tells the manager's threads to end.
+    pub(crate) stop: Stopper,
+    /// How faults are resolved.
+    mode: FaultMode,
     /// Starts one more handler thread; who has the manager's threads provides it.
-    starter: OnceLock<fn(usize) -> bool>,
+    starter: OnceLock<Starter>,
     /// Frames are used up fast: the worker is to keep a stock.
     pub(crate) stock_wanted: AtomicBool,
     /// More is staged than need be: the worker is to settle it.
@@ -131,17 +148,25 @@ impl Space {
     /// # Errors
     /// [`DomainError`]: no slot, no userfaultfd, no memory for the tables.
     pub fn new(domain: Domain) -> Result<Self, DomainError> {
+        Self::with_mode(domain, FaultMode::Threaded)
+    }
+
+    /// As [`Space::new`]; faults are resolved as `mode` says.
+    ///
+    /// # Errors
+    /// As [`Space::new`].
+    pub fn with_mode(domain: Domain, mode: FaultMode) -> Result<Self, DomainError> {
         let me = domain.take_slot(std::process::id())?;
         let window = domain.map_window(me)?;
         let budget = domain.budget() as usize;
         // Enough slots that a sixteenth of the budget can be staged even if a granule has only 8 pages in DRAM.
         let slots = Slots::new((budget / 16 / 8).clamp(16, 8192))
             .map_err(domain::sys_err("reserve staging slots"))?;
-        let world = World::open(Ranges::default(), &slots)?;
+        let world = World::open(Ranges::default(), &slots, mode)?;
         let space = Self {
             me: AtomicU32::new(u32::from(me)),
             entries: Entries::new(&window),
-            window: window.addr(),
+            window,
             world: RwLock::new(world),
             slots,
             queue: std::sync::Mutex::new(VecDeque::new()),
@@ -151,6 +176,8 @@ impl Space {
             mark: sys::ForkMark::new().map_err(domain::sys_err("map a page"))?,
             descriptors: [const { AtomicI32::new(-1) }; 4],
             running: AtomicBool::new(false),
+            stop: Stopper::default(),
+            mode,
             starter: OnceLock::new(),
             stock_wanted: AtomicBool::new(false),
             settle_wanted: AtomicBool::new(false),
@@ -170,7 +197,9 @@ impl Space {
             stuck_until: AtomicU64::new(0),
             domain,
         };
-        space.ring_bell_with(&space.world.read())?;
+        if mode == FaultMode::Threaded {
+            space.ring_bell_with(&space.world.read())?;
+        }
         space.note_descriptors(&space.world.read());
         Ok(space)
     }
@@ -210,9 +239,31 @@ impl Space {
 
     /// The manager's threads are there: from now on faults are answered. `starter` starts handler number so-and-so, on a
     /// manager thread; false: it cannot.
-    pub fn set_running(&self, starter: fn(usize) -> bool) {
-        let _the_same = self.starter.set(starter);
+    pub fn set_running(&self, starter: impl Fn(usize) -> bool + Send + Sync + 'static) {
+        let _the_same = self.starter.set(Box::new(starter));
         self.running.store(true, Ordering::Release);
+    }
+
+    /// How faults are resolved.
+    pub fn mode(&self) -> FaultMode {
+        self.mode
+    }
+
+    /// The manager's threads end as soon as they have done what they are at. From then on faults are not answered.
+    pub fn stop(&self) {
+        self.stop.pull();
+        self.faults.follow.wake_all();
+        self.wake_worker();
+    }
+
+    /// Whether [`Space::stop`] was called.
+    pub(crate) fn stopping(&self) -> bool {
+        self.stop.is_pulled()
+    }
+
+    /// Can be read once [`Space::stop`] was called.
+    pub(crate) fn stop_fd(&self) -> i32 {
+        self.stop.fd()
     }
 
     pub(crate) fn start_handler(&self, index: usize) -> bool {
@@ -222,7 +273,7 @@ impl Space {
     /// Whether an address is in the manager's tables or slots.
     pub fn is_own(&self, addr: usize) -> bool {
         let (slots, len) = self.slots.area();
-        addr.wrapping_sub(self.window) < WINDOW
+        addr.wrapping_sub(self.window.addr()) < WINDOW
             || addr.wrapping_sub(slots.saturating_sub(range::GRANULE)) < len + 2 * range::GRANULE
             || self.domain.maps(addr)
     }
@@ -312,21 +363,28 @@ impl Space {
 }
 
 impl World {
-    fn open(ranges: Ranges, slots: &Slots) -> Result<Self, DomainError> {
+    fn open(ranges: Ranges, slots: &Slots, mode: FaultMode) -> Result<Self, DomainError> {
         use domain::sys_err;
-        let base = features::EVENT_REMAP | features::EVENT_REMOVE | features::EVENT_UNMAP;
-        let base = base | features::THREAD_ID | features::POISON | features::MOVE;
-        // Without CAP_SYS_PTRACE a fork is not announced; forks through the C library are handled all the same.
-        let (uffd, announces_forks) = match Uffd::open(base | features::EVENT_FORK) {
-            Ok(uffd) => (Ok(uffd), true),
-            Err(_) => (Uffd::open(base), false),
+        let (uffd, announces_forks) = match mode {
+            FaultMode::Threaded => Self::open_for_messages(),
+            FaultMode::Inline => (Uffd::open_for_sigbus(features::POISON | features::MOVE), false),
         };
         let uffd = uffd.map_err(sys_err("open userfaultfd (see `farpage doctor`)"))?;
-        let slot_uffd = Uffd::open(features::SIGBUS | features::MOVE).map_err(sys_err("open userfaultfd"))?;
+        let slot_uffd = Uffd::open_for_sigbus(features::MOVE).map_err(sys_err("open userfaultfd"))?;
         let (start, len) = slots.area();
         slot_uffd.register(start, len).map_err(sys_err("register the staging slots"))?;
         let scan = PageScan::open().map_err(sys_err("open the page map"))?;
         Ok(Self { ranges, uffd, announces_forks, slot_uffd, scan })
+    }
+
+    fn open_for_messages() -> (rustix::io::Result<Uffd>, bool) {
+        let base = features::EVENT_REMAP | features::EVENT_REMOVE | features::EVENT_UNMAP;
+        let base = base | features::THREAD_ID | features::POISON | features::MOVE;
+        // Without CAP_SYS_PTRACE a fork is not announced; forks through the C library are handled all the same.
+        match Uffd::open(base | features::EVENT_FORK) {
+            Ok(uffd) => (Ok(uffd), true),
+            Err(_) => (Uffd::open(base), false),
+        }
     }
 
     /// Registers `[start, end)`. In a forked child the parent's handler may be just about to let go of it (EBUSY until then).

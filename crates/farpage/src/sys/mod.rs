@@ -15,6 +15,7 @@ mod rwlock;
 mod shared;
 mod slots;
 mod steady;
+mod stop;
 pub mod uffd;
 
 pub use futex::{futex_wait, futex_wait_any, futex_wake};
@@ -34,6 +35,7 @@ pub use rwlock::{Read, RwLock, Write};
 pub use shared::{Buffer, SharedArea, SharedMap};
 pub use slots::{Slots, Taken};
 pub use steady::SteadyFile;
+pub use stop::Stopper;
 
 /// Milliseconds of a clock that only goes forward.
 pub fn now_ms() -> u64 {
