@@ -21,11 +21,20 @@ pub mod pagemap;
 #[cfg(not(loom))]
 pub mod reclaim;
 #[cfg(not(loom))]
+pub mod region;
+#[cfg(not(loom))]
 pub mod size;
 #[cfg(not(loom))]
 pub mod space;
 #[cfg(not(loom))]
 pub mod sys;
+
+#[cfg(not(loom))]
+pub use domain::{BuildError, Builder, Domain};
+#[cfg(not(loom))]
+pub use region::{Region, RegionError};
+#[cfg(not(loom))]
+pub use space::Running;
 
 /// Bytes of a page; farpage works on base pages only.
 pub const PAGE_SIZE: usize = 4096;

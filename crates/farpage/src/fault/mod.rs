@@ -6,6 +6,7 @@
 
 pub(crate) mod follow;
 pub mod handler;
+pub(crate) mod inline;
 pub(crate) mod mail;
 mod resolve;
 mod stream;

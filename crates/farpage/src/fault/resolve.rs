@@ -16,7 +16,7 @@ use crate::space::{Space, World, slots};
 use crate::sys::uffd::Stop;
 /// What became of a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Outcome {
+pub(super) enum Outcome {
     /// The page is there (or poisoned, or its mapping is gone): wake who waits.
     Wake,
     /// An event is pending: put aside.
@@ -80,7 +80,7 @@ impl Space {
         Some(crate::sys::now_ns() - before)
     }
 
-    fn resolve(&self, world: &World, addr: usize, hands: &mut Hands) -> Outcome {
+    pub(super) fn resolve(&self, world: &World, addr: usize, hands: &mut Hands) -> Outcome {
         self.count(Counter::Faults, 1);
         let Some(found) = world.ranges.granule(addr) else {
             // Not ours (any more): a registered page that no range knows holds zeros.

@@ -20,6 +20,7 @@ mod orphan;
 pub(crate) mod puts;
 pub mod range;
 mod remap;
+mod running;
 pub mod slots;
 
 use std::collections::VecDeque;
@@ -28,6 +29,7 @@ use std::sync::{MutexGuard, OnceLock, PoisonError};
 
 pub use hold::Hold;
 use range::{Found, Ranges, flag};
+pub use running::Running;
 use slots::Slots;
 
 use crate::domain::entry::Entries;
@@ -445,6 +447,13 @@ impl World {
     /// Counts the pages of `[start, end)` that are in DRAM; all of them if that cannot be found out.
     pub(crate) fn resident(&self, start: usize, end: usize) -> u64 {
         self.scan.count(start, end).unwrap_or(((end - start) / PAGE_SIZE) as u64)
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        // Nobody else has the space any more, so no view of the entries is left.
+        self.window.unmap();
     }
 }
 

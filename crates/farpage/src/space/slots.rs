@@ -60,6 +60,8 @@ struct Shared {
 
 /// The staging slots of a process.
 pub struct Slots {
+    /// Address and length of the mapping.
+    mapping: (usize, usize),
     base: usize,
     shared: Vec<Shared>,
     lists: Mutex<Lists>,
@@ -96,6 +98,15 @@ impl Run {
     }
 }
 
+impl Drop for Slots {
+    fn drop(&mut self) {
+        let (start, len) = self.mapping;
+        // SAFETY: our own mapping, and with us the last who knows of it.
+        let unmapped = unsafe { rustix::mm::munmap(start as *mut _, len) };
+        debug_assert!(unmapped.is_ok());
+    }
+}
+
 impl Slots {
     /// Reserves address space for `n` slots.
     pub fn new(n: usize) -> rustix::io::Result<Self> {
@@ -116,6 +127,7 @@ impl Slots {
         let mut empty = BitSet::new(n);
         (0..n).for_each(|slot| empty.set(slot, true));
         Ok(Self {
+            mapping: (raw as usize, (n + 1) * GRANULE),
             base,
             shared: (0..n)
                 .map(|_| Shared { granule: AtomicUsize::new(0), staged: AtomicU64::new(0) })

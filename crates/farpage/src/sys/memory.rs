@@ -63,6 +63,42 @@ pub fn private_page() -> Result<usize, Errno> {
     Ok(p as usize)
 }
 
+/// Fresh private memory of `len` bytes, where the kernel likes; nothing is reserved.
+pub fn map_anonymous(len: usize) -> Result<usize, Errno> {
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: the kernel chooses the address.
+    let p = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, flags)? };
+    Ok(p as usize)
+}
+
+/// Unmaps what the caller owns.
+pub fn unmap(start: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: the caller's memory, which he gives up.
+    unsafe { rustix::mm::munmap(start as *mut _, len) }
+}
+
+/// `mremap` of what the caller owns; it may move, or goes to `to`.
+pub fn remap(from: usize, len: usize, new_len: usize, to: Option<usize>) -> Result<usize, Errno> {
+    use rustix::mm::MremapFlags;
+    // SAFETY: the caller's memory, whose old address he gives up; what is at `to` he gives up as well.
+    let p = unsafe {
+        match to {
+            None => rustix::mm::mremap(from as *mut _, len, new_len, MremapFlags::MAYMOVE)?,
+            Some(to) => {
+                rustix::mm::mremap_fixed(from as *mut _, len, new_len, MremapFlags::MAYMOVE, to as *mut _)?
+            }
+        }
+    };
+    Ok(p as usize)
+}
+
+/// A forked child gets nothing of this range.
+pub fn keep_from_children(start: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: changes nothing in this process.
+    unsafe { rustix::mm::madvise(start as *mut _, len, Advice::LinuxDontFork) }
+}
+
 /// A mark that a forked child finds cleared, however it was forked.
 pub struct ForkMark(&'static AtomicU32);
 

@@ -13,6 +13,7 @@ mod process;
 mod ring;
 mod rwlock;
 mod shared;
+mod sigbus;
 mod slots;
 mod steady;
 mod stop;
@@ -21,8 +22,8 @@ pub mod uffd;
 pub use futex::{futex_wait, futex_wait_any, futex_wake};
 pub use lock::{Locked, Peers, RobustLock};
 pub use memory::{
-    ForkMark, drop_page, drop_pages, mappings_in, prefetch, private_page, read_fault, reserve, stack_pointer,
-    write_fault,
+    ForkMark, drop_page, drop_pages, keep_from_children, map_anonymous, mappings_in, prefetch, private_page,
+    read_fault, remap, reserve, stack_pointer, unmap, write_fault,
 };
 pub use mutex::{Mutex, MutexGuard};
 pub use pagemap_scan::PageScan;
@@ -33,6 +34,7 @@ pub use process::{
 pub use ring::{Ring, Transfer};
 pub use rwlock::{Read, RwLock, Write};
 pub use shared::{Buffer, SharedArea, SharedMap};
+pub use sigbus::on_sigbus;
 pub use slots::{Slots, Taken};
 pub use steady::SteadyFile;
 pub use stop::Stopper;

@@ -1,0 +1,210 @@
+//! Regions in a running space: larger than DRAM, in threads, growing, in several domains, with a device that fails.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use farpage::device::{Device, DeviceError, LoadOp, StoreOp, Sum, Usage};
+use farpage::frame::{Owner, Pfn};
+use farpage::{Builder, Domain, Page, Running};
+
+const MIB: usize = 1 << 20;
+
+fn domain() -> Builder {
+    Domain::builder().dram("8M").device("ram:64M")
+}
+
+/// Both ways of resolving faults, in turn.
+fn spaces(builder: fn() -> Builder) -> impl Iterator<Item = Running> {
+    (0..2).map(move |i| {
+        let domain = builder().build().unwrap();
+        if i == 0 { domain.start() } else { domain.start_inline() }.unwrap()
+    })
+}
+
+fn mix(i: usize) -> u64 {
+    (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20
+}
+
+fn fill(region: &mut [u64]) {
+    region.iter_mut().enumerate().for_each(|(i, x)| *x = mix(i));
+}
+
+fn check(region: &[u64]) {
+    let wrong = region.iter().enumerate().find(|(i, x)| **x != mix(*i));
+    assert_eq!(wrong, None);
+}
+
+#[test]
+fn more_than_dram_holds_what_was_written() {
+    for space in spaces(domain) {
+        let mut region = space.region::<u64>(4 * MIB).unwrap();
+        assert!(region.iter().step_by(512).all(|&x| x == 0));
+        fill(&mut region);
+        check(&region);
+        let stats = space.domain.stats();
+        assert!(stats.pages_out > 4000 && stats.pages_in > 4000, "{stats:?}");
+        assert!(stats.dram_peak <= stats.dram_budget, "{stats:?}");
+        drop(region);
+        let stats = space.domain.stats();
+        assert_eq!((stats.leaked_frames, stats.poisoned), (0, 0), "{stats:?}");
+    }
+}
+
+#[test]
+fn threads_share_a_region() {
+    for space in spaces(domain) {
+        let mut region = space.region::<u64>(3 * MIB).unwrap();
+        std::thread::scope(|s| {
+            for (t, part) in region.chunks_mut(MIB).enumerate() {
+                s.spawn(move || {
+                    for round in 1..4u64 {
+                        part.iter_mut().enumerate().for_each(|(i, x)| *x += mix(i) * round + t as u64);
+                    }
+                });
+            }
+        });
+        for (t, part) in region.chunks(MIB).enumerate() {
+            let want = |i: usize| (1..4u64).map(|r| mix(i) * r + t as u64).sum::<u64>();
+            assert!(part.iter().enumerate().all(|(i, x)| *x == want(i)));
+        }
+    }
+}
+
+#[test]
+fn a_region_grows_and_shrinks() {
+    for space in spaces(domain) {
+        let mut region = space.region::<u64>(1000).unwrap();
+        fill(&mut region);
+        // Something behind it, so that it has to move.
+        let _wall = space.region::<u8>(1).unwrap();
+        region.resize(4 * MIB).unwrap();
+        check(&region[..1000]);
+        assert!(region[1000..].iter().all(|&x| x == 0));
+        fill(&mut region);
+        region.resize(1001).unwrap();
+        check(&region);
+        region.resize(5000).unwrap();
+        check(&region[..1001]);
+        assert!(region[1001..].iter().all(|&x| x == 0), "what was cut off has come back");
+        assert!(region.resize(usize::MAX / 4).is_err());
+        check(&region[..1001]);
+    }
+}
+
+#[test]
+fn several_domains_live_side_by_side_and_end() {
+    for _ in 0..8 {
+        let spaces: Vec<Running> = spaces(domain).chain(spaces(domain)).collect();
+        let mut regions: Vec<_> = spaces.iter().map(|s| s.region::<u64>(2 * MIB).unwrap()).collect();
+        regions.iter_mut().for_each(|r| fill(r));
+        drop(spaces);
+        regions.iter().for_each(|r| check(r));
+    }
+    let threads = std::fs::read_dir("/proc/self/task").unwrap().count();
+    assert!(threads < 24, "{threads} threads: those of spaces that have ended are still there");
+}
+
+#[test]
+fn a_forked_child_goes_on_without() {
+    for space in spaces(domain) {
+        let mut region = space.region::<u64>(2 * MIB).unwrap();
+        fill(&mut region);
+        // A program with libraries forks and starts others.
+        let out = std::process::Command::new("true").status().unwrap();
+        assert!(out.success());
+        // SAFETY: the child drops what it has and ends.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            drop(region);
+            drop(space);
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(0) };
+        }
+        let mut status = 0;
+        // SAFETY: waits for the child made above.
+        unsafe { libc::waitpid(pid, &raw mut status, 0) };
+        assert_eq!(status, 0);
+        check(&region);
+    }
+}
+
+/// A device of the program's own: pages as they are, in a vector.
+struct Shelf {
+    pages: Vec<std::sync::Mutex<Option<(Page, Sum)>>>,
+    loads: AtomicU32,
+}
+
+impl Device for Shelf {
+    fn name(&self) -> &str {
+        "shelf"
+    }
+    fn frames(&self) -> u32 {
+        self.pages.len() as u32
+    }
+    fn store(&self, ops: &mut [StoreOp<'_>], _: Owner) {
+        for op in ops {
+            *self.pages[op.pfn as usize].lock().unwrap() = Some((op.page.clone(), op.sum));
+            op.result = Ok(());
+        }
+    }
+    fn load(&self, ops: &mut [LoadOp<'_>]) {
+        for op in ops {
+            self.loads.fetch_add(1, Ordering::Relaxed);
+            op.result = match &*self.pages[op.pfn as usize].lock().unwrap() {
+                Some((page, sum)) => {
+                    *op.page = page.clone();
+                    Ok(*sum)
+                }
+                None => Err(DeviceError::Corrupt),
+            };
+        }
+    }
+    fn sum(&self, pfn: Pfn) -> Sum {
+        self.pages[pfn as usize].lock().unwrap().as_ref().map_or_else(Sum::default, |p| p.1)
+    }
+    fn free(&self, pfns: &[Pfn], _: Owner) {
+        pfns.iter().for_each(|&pfn| *self.pages[pfn as usize].lock().unwrap() = None);
+    }
+    fn usage(&self) -> Usage {
+        Usage::default()
+    }
+}
+
+#[test]
+fn a_device_of_ones_own() {
+    let shelf = || Shelf {
+        pages: (0..16 * 1024).map(|_| std::sync::Mutex::new(None)).collect(),
+        loads: AtomicU32::new(0),
+    };
+    for inline in [false, true] {
+        let domain = Domain::builder().dram("8M").own_device(shelf()).build().unwrap();
+        let space = if inline { domain.start_inline() } else { domain.start() }.unwrap();
+        let mut region = space.region::<u64>(4 * MIB).unwrap();
+        fill(&mut region);
+        check(&region);
+        assert!(space.domain.stats().pages_in > 4000);
+    }
+}
+
+/// A page that cannot be read back raises SIGBUS in who touches it, and only that page.
+#[test]
+fn a_page_that_is_lost_raises_sigbus() {
+    for inline in [false, true] {
+        // SAFETY: the child makes a space of its own and ends; this process has other threads, which hold no lock that it
+        // needs but the allocator's, which the C library hands over.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            let domain = Domain::builder().dram("8M").device("inject:corrupt-store=1+:ram:64M").build();
+            let domain = domain.unwrap_or_else(|e| panic!("{e}"));
+            let space = if inline { domain.start_inline() } else { domain.start() }.unwrap();
+            let mut region = space.region::<u64>(4 * MIB).unwrap();
+            fill(&mut region);
+            check(&region);
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(0) };
+        }
+        let mut status = 0;
+        // SAFETY: waits for the child made above.
+        unsafe { libc::waitpid(pid, &raw mut status, 0) };
+        assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGBUS, "{status:#x}");
+    }
+}
