@@ -38,7 +38,7 @@ pub fn fault() -> io::Result<f64> {
             while !done.load(Ordering::Relaxed) {
                 let n = uffd::read(uffd.raw(), &mut messages).unwrap_or(0);
                 if n == 0 {
-                    uffd::wait(uffd.raw(), Some(Duration::from_millis(20)));
+                    uffd::wait(uffd.raw(), -1, Some(Duration::from_millis(20)));
                 }
                 for m in &messages[..n] {
                     let Msg::Fault { addr, .. } = *m else { continue };

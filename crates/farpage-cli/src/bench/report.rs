@@ -81,6 +81,7 @@ impl Row {
     fn most_by_a_thread(&self, bare: f64) -> Option<f64> {
         if !matches!(self.case.spec.pattern, Pattern::RandRead | Pattern::RandWrite)
             || self.case.spec.threads != 1
+            || self.case.spec.inline
         {
             return None;
         }
@@ -379,6 +380,7 @@ mod tests {
             warm: 0,
             verify: 0,
             sleep_ms: 0,
+            inline: false,
         };
         let mut row = Row::new(Case { spec, name: "name@2".into(), within_budget: false, must: Some(must) });
         row.theirs = theirs.iter().map(|us| outcome(pattern, *us)).collect();

@@ -73,7 +73,9 @@ pub fn run(args: &Args) -> Result<u8, BenchError> {
     let mut rows: Vec<Row> = cases.into_iter().map(Row::new).collect();
     let mut bare: Vec<f64> = Vec::new();
     let total = args.rounds() as usize * rows.len();
-    let random = |row: &Row| matches!(row.case.spec.pattern, Pattern::RandRead | Pattern::RandWrite);
+    let random = |row: &Row| {
+        !row.case.spec.inline && matches!(row.case.spec.pattern, Pattern::RandRead | Pattern::RandWrite)
+    };
     let wants_bare = rows.iter().any(random);
     for round in 0..args.rounds() {
         if wants_bare {
