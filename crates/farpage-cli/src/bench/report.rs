@@ -32,6 +32,8 @@ pub struct Machine {
     pub kernel_side_missing: Option<String>,
     /// See [`super::bare`].
     pub bare_fault_us: Option<f64>,
+    /// Our side is inline regions of the library.
+    pub inline: bool,
 }
 
 impl Machine {
@@ -81,7 +83,6 @@ impl Row {
     fn most_by_a_thread(&self, bare: f64) -> Option<f64> {
         if !matches!(self.case.spec.pattern, Pattern::RandRead | Pattern::RandWrite)
             || self.case.spec.threads != 1
-            || self.case.spec.inline
         {
             return None;
         }
@@ -217,9 +218,11 @@ impl Report {
             }
         }
         if let Some(bare) = m.bare_fault_us {
+            let by =
+                if m.inline { "the thread itself in a SIGBUS handler" } else { "a thread on the same CPU" };
             let _ = writeln!(
                 text,
-                "\na bare fault takes {bare:.1} µs: userfaultfd, one page moved in by a thread on the same CPU, no device, no reclaim"
+                "\na bare fault takes {bare:.1} µs: userfaultfd, one page moved in by {by}, no device, no reclaim"
             );
             for row in &self.rows {
                 if let Some(most) = row.most_by_a_thread(bare) {
