@@ -208,3 +208,38 @@ fn a_page_that_is_lost_raises_sigbus() {
         assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGBUS, "{status:#x}");
     }
 }
+
+/// Faults by SIGBUS need no privilege at all.
+#[test]
+fn an_unprivileged_process_has_inline_regions() {
+    use std::os::unix::process::CommandExt;
+    const MARK: &str = "FARPAGE_TEST_UNPRIVILEGED";
+    if std::env::var_os(MARK).is_some() {
+        let space = domain().build().unwrap().start_inline().unwrap();
+        let mut region = space.region::<u64>(4 * MIB).unwrap();
+        fill(&mut region);
+        check(&region);
+        assert!(space.domain.stats().pages_in > 4000);
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        return; // then all other tests have shown it
+    }
+    const NOBODY: u32 = 65534;
+    // What nobody may execute.
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("region");
+    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    for path in [dir.path(), &program] {
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    let status = std::process::Command::new(&program)
+        .args(["--exact", "an_unprivileged_process_has_inline_regions"])
+        .env(MARK, "1")
+        .current_dir("/")
+        .gid(NOBODY)
+        .uid(NOBODY)
+        .status()
+        .unwrap();
+    assert!(status.success(), "{status}");
+}
