@@ -86,11 +86,12 @@ impl Pagemap {
     /// the first that is not good.
     pub fn load(&self, ops: &mut [LoadOp<'_>]) -> (usize, u64, Result<(), DeviceError>) {
         self.device.load(ops);
+        let verify = !self.device.is_memory();
         let mut bad = 0;
         for (good, op) in ops.iter_mut().enumerate() {
             for attempt in 1.. {
                 let error = match &op.result {
-                    Ok(sum) if *sum == Sum::of(op.page) => break,
+                    Ok(sum) if !verify || *sum == Sum::of(op.page) => break,
                     Ok(_) => DeviceError::Corrupt,
                     Err(e) => e.clone(),
                 };
