@@ -3,7 +3,7 @@
 //!
 //! Every page of every memory type obeys one lifetime rule: **a reference count of 0 means free**.
 //! The rooms, from the bottom: [`sys`] (the kernel's ABI), [`frame`] (counts), [`pagemap`] and [`device`] (where
-//! pages live), [`domain`] (what a process tree shares), [`fault`], [`reclaim`] and [`space`] (the manager of one
+//! pages live), [`domain`] (what a process tree shares), [`fault`], [`reclaim`], [`migrate`] and [`space`] (the manager of one
 //! address space).
 #![warn(missing_docs)]
 
@@ -16,6 +16,8 @@ pub mod device;
 pub mod domain;
 #[cfg(not(loom))]
 pub mod fault;
+#[cfg(not(loom))]
+pub mod migrate;
 #[cfg(not(loom))]
 pub mod pagemap;
 #[cfg(not(loom))]
@@ -32,9 +34,18 @@ pub mod sys;
 #[cfg(not(loom))]
 pub use domain::{BuildError, Builder, Domain};
 #[cfg(not(loom))]
+pub use migrate::{MigrateReport, Outcome, Refusal, Target};
+#[cfg(not(loom))]
 pub use region::{Region, RegionError};
 #[cfg(not(loom))]
 pub use space::Running;
+#[cfg(not(loom))]
+pub use space::pin::{Pin, PinError, PinnedRange};
+
+/// The guide's examples are run as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/library.md")]
+struct Guide;
 
 /// Bytes of a page; farpage works on base pages only.
 pub const PAGE_SIZE: usize = 4096;

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use farpage::device::{Device, DeviceError, LoadOp, StoreOp, Sum, Usage};
 use farpage::frame::{Owner, Pfn};
-use farpage::{Builder, Domain, Page, Running};
+use farpage::{Builder, Domain, Page, Pin, Running};
 
 const MIB: usize = 1 << 20;
 
@@ -242,4 +242,54 @@ fn an_unprivileged_process_has_inline_regions() {
         .status()
         .unwrap();
     assert!(status.success(), "{status}");
+}
+
+/// What is pinned can be given to system calls, whatever else wants the DRAM meanwhile: never touched, away, or there.
+#[test]
+fn what_is_pinned_can_be_given_to_system_calls() {
+    use std::io::{Read, Seek, Write};
+    for space in spaces(domain) {
+        let mut buffer = space.region::<u64>(MIB / 8).unwrap();
+        let mut other = space.region::<u64>(4 * MIB).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        for round in 0..3u64 {
+            fill(&mut other);
+            let pages = buffer.pages(..);
+            let pin = space.pin(pages.clone(), Pin::Short, true).unwrap();
+            assert_eq!(space.pinned(), (pages.len() / 4096) as u64);
+            // Pushes everything out that may go.
+            check(&other);
+            file.rewind().unwrap();
+            let words: Vec<u8> = (0..MIB as u64 / 8).flat_map(|i| (i * 7 + round).to_ne_bytes()).collect();
+            file.write_all(&words).unwrap();
+            file.rewind().unwrap();
+            // SAFETY: pinned and ours; nobody looks at the slice meanwhile.
+            let into = unsafe { std::slice::from_raw_parts_mut(pin.addr() as *mut u8, pin.len()) };
+            file.read_exact(into).unwrap();
+            drop(pin);
+            assert!(buffer.iter().zip(0..).all(|(x, i)| *x == i * 7 + round));
+            if round == 1 {
+                let device = farpage::Target::Device(0);
+                assert!(space.migrate(buffer.pages(..), device).unwrap().moved() > 0);
+            }
+            buffer[0] = buffer[0].wrapping_add(0);
+        }
+        assert_eq!(space.pinned(), 0);
+        let all = space.pin(other.pages(..), Pin::Short, false);
+        assert!(matches!(all, Err(farpage::PinError::Limit { .. })), "more than half of the budget");
+    }
+}
+
+/// Without a pin, a system call of an inline space is told EFAULT: never other bytes.
+#[test]
+fn an_inline_page_that_is_away_is_efault_for_a_system_call() {
+    let space = domain().build().unwrap().start_inline().unwrap();
+    let mut region = space.region::<u8>(MIB).unwrap();
+    region.fill(7);
+    assert!(space.migrate(region.pages(..), farpage::Target::Device(0)).unwrap().moved() > 0);
+    let file = tempfile::tempfile().unwrap();
+    let written = rustix::io::write(&file, &region[..4096]);
+    assert_eq!(written, Err(rustix::io::Errno::FAULT));
+    assert_eq!(region[0], 7);
+    assert_eq!(rustix::io::write(&file, &region[..4096]), Ok(4096));
 }

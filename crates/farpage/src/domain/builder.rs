@@ -39,6 +39,7 @@ pub struct Builder {
     devices: Vec<Result<Spec, SpecError>>,
     own: Vec<Box<dyn Device>>,
     recycle: bool,
+    max_pinned: Option<u64>,
 }
 
 impl Domain {
@@ -51,7 +52,13 @@ impl Domain {
     /// # Ok::<(), farpage::BuildError>(())
     /// ```
     pub fn builder() -> Builder {
-        Builder { dram: Ok(free_memory() / 2), devices: Vec::new(), own: Vec::new(), recycle: true }
+        Builder {
+            dram: Ok(free_memory() / 2),
+            devices: Vec::new(),
+            own: Vec::new(),
+            recycle: true,
+            max_pinned: None,
+        }
     }
 }
 
@@ -93,6 +100,13 @@ impl Builder {
         self
     }
 
+    /// The most bytes that may be pinned at once (default: half of the budget). What is pinned cannot leave DRAM.
+    #[must_use]
+    pub fn max_pinned(mut self, bytes: u64) -> Self {
+        self.max_pinned = Some(bytes);
+        self
+    }
+
     /// The domain.
     ///
     /// # Errors
@@ -111,8 +125,16 @@ impl Builder {
             return Err(BuildError::TooManyDevices(n));
         }
         let devices = devices.into_iter().map(sized).collect();
-        let config =
-            Config { dram, min_size: 0, strict: false, verbose: false, recycle: self.recycle, devices };
+        let max_pinned = self.max_pinned;
+        let config = Config {
+            dram,
+            min_size: 0,
+            strict: false,
+            verbose: false,
+            recycle: self.recycle,
+            max_pinned,
+            devices,
+        };
         Ok(Domain::create_with(&config, self.own)?)
     }
 }

@@ -59,8 +59,8 @@ fn resolve(addr: usize) -> bool {
 }
 
 impl Space {
-    /// Resolves a fault of the calling thread. False: the page is lost, or not ours.
-    fn fault_here(&self, addr: usize, hands: &mut Hands) -> bool {
+    /// Resolves a fault of the calling thread, or says that there is none (any more). False: the page is lost, or not ours.
+    pub(crate) fn fault_here(&self, addr: usize, hands: &mut Hands) -> bool {
         loop {
             {
                 let world = self.world.read();

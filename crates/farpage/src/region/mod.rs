@@ -1,7 +1,7 @@
 //! Regions: owned ranges of a space, larger than DRAM, used like a slice.
 
 use std::marker::PhantomData;
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, RangeBounds};
 use std::ptr::NonNull;
 
 use bytemuck::Zeroable;
@@ -144,6 +144,24 @@ impl<T> Region<T> {
     /// The space it lives in.
     pub fn space(&self) -> &Running {
         &self.space
+    }
+
+    /// The addresses of the whole pages that hold these elements: what [`Space::pin`](crate::space::Space::pin),
+    /// [`Space::migrate`](crate::space::Space::migrate) and the like are given. Panics, as slices do, where there are no such elements.
+    ///
+    /// ```
+    /// let space = farpage::Domain::builder().dram("8M").device("ram:64M").build()?.start_inline()?;
+    /// let region = space.region::<u64>(4096)?;
+    /// assert_eq!(region.pages(..).len(), 8 * 4096);
+    /// assert_eq!(region.pages(511..513).len(), 2 * 4096);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn pages(&self, elements: impl RangeBounds<usize>) -> std::ops::Range<usize> {
+        let (from, to) = (elements.start_bound().cloned(), elements.end_bound().cloned());
+        let elements = &self[(from, to)];
+        let start = elements.as_ptr() as usize;
+        let end = start + size_of_val(elements);
+        start / PAGE_SIZE * PAGE_SIZE..end.next_multiple_of(PAGE_SIZE)
     }
 
     /// The addresses it occupies: whole pages.

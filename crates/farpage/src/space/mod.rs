@@ -13,15 +13,18 @@
 mod advice;
 mod behind;
 pub(crate) mod bits;
+pub mod exclusive;
 pub mod fork;
 mod hold;
 pub mod ops;
 mod orphan;
+pub mod pin;
 pub(crate) mod puts;
 pub mod range;
 mod remap;
 mod running;
 pub mod slots;
+pub mod snapshot;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
@@ -132,6 +135,12 @@ pub struct Space {
     flux: sys::Mutex<behind::Flux>,
     /// See [`hold`].
     holds: hold::Holds,
+    /// See [`pin`].
+    pins: pin::Pins,
+    /// See [`exclusive`].
+    exclusives: exclusive::Exclusives,
+    /// What manager threads are asked to do: see [`crate::migrate`].
+    pub(crate) jobs: crate::migrate::Jobs,
     /// No device takes a page any more; cleared when frames become free.
     pub(crate) full: AtomicBool,
     pub(crate) said_full: AtomicBool,
@@ -194,6 +203,9 @@ impl Space {
             leaving: AtomicU32::new(0),
             flux: sys::Mutex::new(behind::Flux::default()),
             holds: hold::Holds::new(),
+            pins: pin::Pins::default(),
+            exclusives: exclusive::Exclusives::default(),
+            jobs: crate::migrate::Jobs::default(),
             full: AtomicBool::new(false),
             said_full: AtomicBool::new(false),
             stuck_until: AtomicU64::new(0),
@@ -266,6 +278,16 @@ impl Space {
     /// Can be read once [`Space::stop`] was called.
     pub(crate) fn stop_fd(&self) -> i32 {
         self.stop.fd()
+    }
+
+    /// Whether the manager's threads are there.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.load(Ordering::Acquire)
+    }
+
+    /// The world, to look at it.
+    pub(crate) fn read_world(&self) -> sys::Read<'_, World> {
+        self.world.read()
     }
 
     pub(crate) fn start_handler(&self, index: usize) -> bool {
