@@ -36,7 +36,7 @@ pub use domain::{BuildError, Builder, Domain};
 #[cfg(not(loom))]
 pub use migrate::{MigrateReport, Outcome, Refusal, Target};
 #[cfg(not(loom))]
-pub use region::{Region, RegionError};
+pub use region::{Adopted, Region, RegionError};
 #[cfg(not(loom))]
 pub use space::Running;
 #[cfg(not(loom))]

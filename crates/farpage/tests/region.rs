@@ -293,3 +293,32 @@ fn an_inline_page_that_is_away_is_efault_for_a_system_call() {
     assert_eq!(region[0], 7);
     assert_eq!(rustix::io::write(&file, &region[..4096]), Ok(4096));
 }
+
+/// Memory of another library: what was in it stays in it, while it is managed and afterwards.
+#[test]
+fn memory_of_others_is_adopted_and_given_back() {
+    for space in spaces(domain) {
+        let mut buffer = vec![0u64; 4 * MIB];
+        fill(&mut buffer);
+        let bytes = buffer.as_ptr() as usize..buffer.as_ptr() as usize + 32 * MIB;
+        let pages = bytes.start.next_multiple_of(4096)..bytes.end / 4096 * 4096;
+        for round in 0..3 {
+            // SAFETY: the buffer stays as it is until the end of the round.
+            let adopted = unsafe { space.adopt(pages.clone()) }.unwrap();
+            // SAFETY: refused.
+            assert!(unsafe { space.adopt(pages.clone()) }.is_err(), "twice");
+            check(&buffer);
+            buffer.iter_mut().for_each(|x| *x ^= round);
+            buffer.iter_mut().for_each(|x| *x ^= round);
+            assert!(space.domain.stats().pages_in > 4000);
+            drop(adopted);
+            check(&buffer);
+            let stats = space.domain.stats();
+            assert_eq!((stats.leaked_frames, stats.poisoned), (0, 0));
+            // What is charged is the stock of free frames at most, not the buffer.
+            assert!(stats.dram_used <= stats.dram_budget, "{stats:?}");
+        }
+        // SAFETY: refused: code is no such memory.
+        assert!(unsafe { space.adopt(fill as fn(&mut [u64]) as usize / 4096 * 4096..0) }.is_err());
+    }
+}

@@ -1,5 +1,7 @@
 //! Regions: owned ranges of a space, larger than DRAM, used like a slice.
 
+mod adopted;
+
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, RangeBounds};
 use std::ptr::NonNull;
@@ -11,6 +13,8 @@ use crate::PAGE_SIZE;
 use crate::fault::inline;
 use crate::space::{FaultMode, Running};
 use crate::sys;
+
+pub use adopted::Adopted;
 
 /// Why there is no region, or not one of that length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -10,6 +10,7 @@
 //! A fault handler never waits for the world: it puts the fault aside and goes on reading messages, because the
 //! one who holds the world may be waiting for just such a message to be read.
 
+mod adopt;
 mod advice;
 mod behind;
 pub(crate) mod bits;

@@ -118,6 +118,12 @@ fn spawn(
     })
 }
 
+impl std::fmt::Debug for Running {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Running").field("mode", &self.mode()).finish_non_exhaustive()
+    }
+}
+
 impl Deref for Running {
     type Target = Space;
     fn deref(&self) -> &Space {

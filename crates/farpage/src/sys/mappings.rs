@@ -44,6 +44,8 @@ pub struct Mapping {
     pub write: bool,
     /// Shared with whoever maps the same.
     pub shared: bool,
+    /// Of no file.
+    pub anonymous: bool,
 }
 
 /// The mappings of this process.
@@ -94,6 +96,7 @@ impl Mappings {
             read: has(READABLE),
             write: has(WRITABLE),
             shared: has(SHARED),
+            anonymous: q.inode == 0,
         })
     }
 }
@@ -102,12 +105,14 @@ fn parse(line: &str) -> Option<Mapping> {
     let mut words = line.split(' ');
     let (start, end) = words.next()?.split_once('-')?;
     let perms = words.next()?.as_bytes();
+    let inode = words.nth(2)?;
     Some(Mapping {
         start: usize::from_str_radix(start, 16).ok()?,
         end: usize::from_str_radix(end, 16).ok()?,
         read: perms.first() == Some(&b'r'),
         write: perms.get(1) == Some(&b'w'),
         shared: perms.get(3) == Some(&b's'),
+        anonymous: inode == "0",
     })
 }
 
@@ -126,6 +131,7 @@ mod tests {
         let here = asking_and_reading_agree as fn() as usize;
         let code = asked.at(here).unwrap();
         assert!(code.start <= here && here < code.end && code.read && !code.write && !code.shared);
+        assert!(!code.anonymous);
         assert_eq!(read.at(here), Some(code));
         assert_eq!(asked.at(4096), None);
         assert_eq!(asked.from(4096), read.from(4096));

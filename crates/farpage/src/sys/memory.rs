@@ -123,6 +123,12 @@ pub fn keep_from_children(start: usize, len: usize) -> Result<(), Errno> {
     unsafe { rustix::mm::madvise(start as *mut _, len, Advice::LinuxDontFork) }
 }
 
+/// The opposite of [`keep_from_children`].
+pub fn leave_to_children(start: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: changes nothing in this process.
+    unsafe { rustix::mm::madvise(start as *mut _, len, Advice::LinuxDoFork) }
+}
+
 /// A mark that a forked child finds cleared, however it was forked.
 pub struct ForkMark(&'static AtomicU32);
 

@@ -24,8 +24,9 @@ pub use futex::{futex_wait, futex_wait_any, futex_wake};
 pub use lock::{Locked, Peers, RobustLock};
 pub use mappings::{Mapping, Mappings};
 pub use memory::{
-    ForkMark, collapse, drop_page, drop_pages, keep_from_children, map_anonymous, mappings_in, populate,
-    prefetch, private_page, read_fault, remap, reserve, stack_pointer, unmap, write_fault,
+    ForkMark, collapse, drop_page, drop_pages, keep_from_children, leave_to_children, map_anonymous,
+    mappings_in, populate, prefetch, private_page, read_fault, remap, reserve, stack_pointer, unmap,
+    write_fault,
 };
 pub use mutex::{Mutex, MutexGuard};
 pub use pagemap_scan::{Kind, PageScan};
