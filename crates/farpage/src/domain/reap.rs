@@ -151,7 +151,7 @@ impl Launcher {
         // Its memory has gone with it.
         slot.charge.store(0, Ordering::SeqCst);
         // Before the slot can be another's: locks that the dead process held, changes that it left half done.
-        d.pagemaps.iter().for_each(|map| map.device.repair(self.me));
+        d.pagemaps.iter().for_each(|map| map.repair(owner, self.me));
         let mut held = false;
         match d.map_window(owner) {
             Ok(window) => {
@@ -210,16 +210,17 @@ impl Launcher {
         let any = held.iter().any(|h| !h.is_empty());
         for (i, map) in d.pagemaps.iter().enumerate() {
             for &pfn in &transit[i] {
-                if map.frames.recover(pfn, owner, published[i].contains(&pfn)) {
+                let published = published[i].contains(&pfn) || map.ledger.publishes(owner, pfn);
+                if map.frames.recover(pfn, owner, published) {
                     map.free(&[pfn], self.me);
                 }
             }
             for batch in held[i].chunks(256) {
                 // Without a mark of ours: nobody reaps us, and another dead process's mark on one of them is ours to
                 // clear, later.
-                let last: Vec<Pfn> = batch.iter().copied().filter(|&p| map.frames.put(p, self.me)).collect();
-                map.free(&last, self.me);
+                map.put(batch, self.me);
             }
+            map.put_holds(owner, self.me);
         }
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         if let Err(e) = rustix::fs::fallocate(&d.file, hole, base, WINDOW as u64) {

@@ -55,10 +55,15 @@
 //! | no check for too many references | `model_counts_end_at_their_maximum` |
 //! | the hint is set Relaxed | none: loom, like the hardware, gives a compare-exchange the newest value |
 use std::fmt;
+use std::ops::Range;
 use std::time::Duration;
 
+mod batch;
+pub mod ledger;
+pub mod live;
 pub mod platform;
 
+pub use batch::BATCH;
 use platform::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// A frame's number on its device.
@@ -113,6 +118,8 @@ pub struct FrameTable {
     waiters: &'static AtomicU32,
     /// Frames from 64 times this on were never allocated.
     high: &'static AtomicU32,
+    /// The groups of 64 frames that belong to this table; the others are nobody's and stay at 0.
+    groups: Box<[Range<usize>]>,
 }
 
 impl FrameTable {
@@ -132,7 +139,19 @@ impl FrameTable {
         high: &'static AtomicU32,
     ) -> Self {
         assert!(hints.len() * 64 >= words.len());
-        Self { words, hints: &hints[..words.len().div_ceil(64)], cursor, waiters, high }
+        let hints = &hints[..words.len().div_ceil(64)];
+        Self { words, hints, cursor, waiters, high, groups: Box::new([0..hints.len()]) }
+    }
+
+    /// The same table with no frames but those of `ranges`, which begin and end at multiples of 64 or at the table's end.
+    #[must_use]
+    pub fn limited_to(self, ranges: &[Range<Pfn>]) -> Self {
+        let groups = |r: &Range<Pfn>| r.start as usize / 64..(r.end as usize).div_ceil(64);
+        Self { groups: ranges.iter().map(groups).collect(), ..self }
+    }
+
+    fn has_group(&self, group: usize) -> bool {
+        self.groups.iter().any(|groups| groups.contains(&group))
     }
 
     /// Number of frames.
@@ -161,6 +180,9 @@ impl FrameTable {
         let start = self.cursor.load(Ordering::Relaxed) as usize % groups.max(1);
         for i in 0..groups {
             let group = (start + i) % groups;
+            if !self.has_group(group) {
+                continue;
+            }
             let frames = 64.min(self.words.len() - group * 64);
             let mut free = !self.hints[group].load(Ordering::Relaxed) & (u64::MAX >> (64 - frames));
             while free != 0 {
@@ -286,9 +308,13 @@ impl FrameTable {
         }
     }
 
+    fn check_release(&self, pfn: Pfn) {
+        debug_assert!(count(self.word(pfn).load(Ordering::Relaxed)) == 0, "release of frame {pfn} in use");
+    }
+
     /// The frame's storage is handed back: the word becomes 0, the frame is free, waiters are woken.
     pub fn release(&self, pfn: Pfn) {
-        debug_assert!(count(self.word(pfn).load(Ordering::Relaxed)) == 0, "release of frame {pfn} in use");
+        self.check_release(pfn);
         // Release pairs with the Acquire of the next `claim`.
         self.word(pfn).store(0, Ordering::Release);
         self.hints[pfn as usize / 64].fetch_and(!(1 << (pfn % 64)), Ordering::Release);

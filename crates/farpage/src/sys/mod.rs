@@ -8,6 +8,7 @@ mod lock;
 pub mod lz4;
 mod memory;
 mod mutex;
+pub mod numa;
 mod pagemap_scan;
 mod process;
 mod ring;
