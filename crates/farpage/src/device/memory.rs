@@ -147,6 +147,10 @@ impl MemorySpec {
             Some(Dax { size, align }) => (size, if align >= HUGE { HUGE } else { PAGE_SIZE as u64 }),
             None => (stat.st_size as u64, if hugetlb { HUGE } else { PAGE_SIZE as u64 }),
         };
+        // All of a file on hugetlbfs counts as data.
+        if dax.is_none() && has > 0 && !hugetlb && rustix::fs::seek(&file, SeekFrom::Data(0)).is_ok() {
+            return Err(MemoryError::HasData(name));
+        }
         let size = match self.size {
             None if has == 0 => return Err(MemoryError::NoSize(name)),
             None => has,
@@ -156,15 +160,8 @@ impl MemorySpec {
         if !right || (dax.is_some() && size > has) {
             return Err(MemoryError::Size { name, size, frame_size });
         }
-        if dax.is_none() {
-            // Huge pages report no data at all; they come in new files only.
-            let data = rustix::fs::seek(&file, SeekFrom::Data(0));
-            if !hugetlb && data.is_ok() {
-                return Err(MemoryError::HasData(name));
-            }
-            if has < size {
-                rustix::fs::ftruncate(&file, size).map_err(failed("size it (see `ulimit -f`)"))?;
-            }
+        if dax.is_none() && has < size {
+            rustix::fs::ftruncate(&file, size).map_err(failed("size it (see `ulimit -f`)"))?;
         }
         let whole = matches!(self.memory_type, MemoryType::Coherent)
             .then(|| SharedMap::new(&file, 0, size as usize))
