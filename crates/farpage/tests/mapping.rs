@@ -284,7 +284,7 @@ fn huge_pages() {
         assert_eq!(map.device.ops().memory().unwrap().frame_size(), HUGE);
         assert_eq!(map.map_new(ME, PAGE_SIZE, PAGE_SIZE).err(), Some(MapError::Length(PAGE_SIZE, HUGE)));
         let two = map.map_new(ME, 2 * HUGE as usize, HUGE as usize).unwrap();
-        assert!(two.as_ptr() as usize % HUGE as usize == 0 && two.write(HUGE as usize, b"huge"));
+        assert!((two.as_ptr() as usize).is_multiple_of(HUGE as usize) && two.write(HUGE as usize, b"huge"));
         assert_eq!(free(), had - 2, "two huge pages, two references");
         assert_eq!((map.frames.count(0), map.frames.count(1), map.frames.used()), (1, 1, 2));
         let one = map.map(2, 1, HUGE as usize).unwrap();

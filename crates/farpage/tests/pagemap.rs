@@ -34,14 +34,14 @@ fn registering_says_what_is_wrong() {
     assert_eq!(generic(vec![]).unwrap_err(), RegisterError::Empty(None));
     assert_eq!(generic(vec![0..64, 128..128]).unwrap_err(), RegisterError::Empty(Some(128..128)));
     #[allow(clippy::reversed_empty_ranges)]
-    let reversed = generic(vec![128..64]).unwrap_err();
+    let reversed = generic(vec![128..64; 1]).unwrap_err();
     assert!(matches!(reversed, RegisterError::Empty(Some(_))), "{reversed}");
-    assert_eq!(generic(vec![0..100]).unwrap_err(), RegisterError::Unaligned(0..100));
-    assert_eq!(generic(vec![32..128]).unwrap_err(), RegisterError::Unaligned(32..128));
+    assert_eq!(generic(vec![0..100; 1]).unwrap_err(), RegisterError::Unaligned(0..100));
+    assert_eq!(generic(vec![32..128; 1]).unwrap_err(), RegisterError::Unaligned(32..128));
     assert_eq!(generic(vec![128..256, 0..192]).unwrap_err(), RegisterError::Overlap(0..192, 128..256));
     assert_eq!(generic(vec![64..128, 64..128]).unwrap_err(), RegisterError::Overlap(64..128, 64..128));
     assert_eq!(generic(vec![0..64, 960..1088]).unwrap_err(), RegisterError::Beyond(960..1088, 1024));
-    assert_eq!(generic(vec![0..u32::MAX]).unwrap_err(), RegisterError::Beyond(0..u32::MAX, 1024));
+    assert_eq!(generic(vec![0..u32::MAX; 1]).unwrap_err(), RegisterError::Beyond(0..u32::MAX, 1024));
     let needs = Pagemap::shared_len(1024);
     let error = Pagemap::register(registration(MemoryType::Generic, vec![0..1024; 1]), area(64), true);
     assert_eq!(error.unwrap_err(), RegisterError::Area(Pagemap::shared_len(64), needs));

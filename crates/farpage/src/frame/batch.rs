@@ -13,7 +13,8 @@ impl FrameTable {
     pub fn put_all(&self, pfns: &[Pfn], owner: Owner, in_transit: bool, last: &mut [Pfn; BATCH]) -> usize {
         let mut n = 0;
         for &pfn in pfns {
-            if self.drop_ref(pfn, owner, in_transit) {
+            let is_last = if in_transit { self.put_in_transit(pfn, owner) } else { self.put(pfn, owner) };
+            if is_last {
                 last[n] = pfn;
                 n += 1;
             }
@@ -51,7 +52,7 @@ impl FrameTable {
             return None;
         }
         let mut start = 0u32;
-        while let Some(end) = start.checked_add(len).filter(|end| *end as usize <= self.words.len()) {
+        while let Some(end) = start.checked_add(len).filter(|end| *end as usize <= self.frames) {
             match self.first_in_use(start, end).or_else(|| self.claim_run(start, end, owner)) {
                 None => return Some(start),
                 Some(taken) => start = (taken + 1).checked_next_multiple_of(align)?,
@@ -91,7 +92,7 @@ impl FrameTable {
 
     /// Whether all of `[start, end)` lies in the table's ranges.
     pub fn covers(&self, start: Pfn, end: Pfn) -> bool {
-        start < end && end as usize <= self.words.len() && {
+        start < end && end as usize <= self.frames && {
             (start / 64..=(end - 1) / 64).all(|group| self.has_group(group as usize))
         }
     }

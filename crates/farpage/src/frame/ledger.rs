@@ -8,7 +8,7 @@
 //! record grows and shrinks by one frame at a time, at its end. While it does, the frame behind its end is *moving*: if
 //! that carries the owner's transit mark, the reference is not counted ([`Ledger::publishes`]).
 use super::platform::{AtomicU32, AtomicU64, Ordering};
-use super::{Owner, Pfn};
+use super::{FrameTable, GetError, Owner, Pfn};
 
 /// What a reference to a frame is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -128,13 +128,50 @@ impl Ledger {
         None
     }
 
-    /// Changes a record, which is the caller's: its length and whether a frame is moving. Nothing of either: the record
-    /// is free.
-    pub fn set(&self, place: Place, len: u32, moving: bool) {
-        let record = &self.records[place.0 as usize];
-        let Some(old) = Extent::unpack(record.load(Ordering::Relaxed)) else { return };
-        let new = if len == 0 && !moving { 0 } else { Extent { len, moving, ..old }.pack() };
-        record.store(new, Ordering::Release);
+    /// A new record for `owner`, whose first frame is about to be taken with [`Self::grow`].
+    pub fn begin(&self, owner: Owner, kind: HolderKind, pfn: Pfn) -> Option<Place> {
+        self.add(Extent { owner, kind, pfn, len: 0, moving: true })
+    }
+
+    /// Takes the frame behind the end of the caller's record: one more reference, which the record counts from now on.
+    /// Waits out others' transfers, so the caller must not be in one. After an error the record is as it was; if it
+    /// was empty, it is free.
+    pub fn grow(&self, place: Place, table: &FrameTable) -> Result<(), GetError> {
+        let Some(e) = self.get(place) else { return Err(GetError::Free) };
+        let pfn = e.pfn + e.len;
+        // Before the count changes: the mark on the frame means nothing yet.
+        self.set(place, Extent { moving: true, ..e });
+        let taken = table.get_in_transit_waiting(pfn, e.owner);
+        self.set(place, Extent { len: e.len + u32::from(taken.is_ok()), moving: false, ..e });
+        taken.map(|()| table.settle(pfn))
+    }
+
+    /// Drops the reference to the last frame of the caller's record. True: that frame is now being freed by the owner,
+    /// as after a last [`FrameTable::put`]. What follows is another call or, at the end, [`Self::end`].
+    #[must_use]
+    pub fn shrink(&self, place: Place, table: &FrameTable) -> bool {
+        let Some(e) = self.get(place).filter(|e| e.len > 0) else { return false };
+        let pfn = e.pfn + e.len - 1;
+        table.begin_put(pfn, e.owner);
+        // With the mark, and before the count changes: from here on the reference is not the record's.
+        self.set(place, Extent { len: e.len - 1, moving: true, ..e });
+        table.put_in_transit(pfn, e.owner)
+    }
+
+    /// The record is free.
+    pub fn end(&self, place: Place) {
+        // Release: who uses the place next comes after.
+        self.records[place.0 as usize].store(0, Ordering::Release);
+    }
+
+    fn get(&self, place: Place) -> Option<Extent> {
+        Extent::unpack(self.records[place.0 as usize].load(Ordering::Relaxed))
+    }
+
+    fn set(&self, place: Place, e: Extent) {
+        let word = if e.len == 0 && !e.moving { 0 } else { e.pack() };
+        // Release: who finds it finds the counts that it speaks of.
+        self.records[place.0 as usize].store(word, Ordering::Release);
     }
 
     /// All records.
@@ -163,7 +200,7 @@ impl Ledger {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
@@ -189,7 +226,7 @@ mod tests {
         assert_eq!(ledger.add(Extent { len: MAX_LEN + 1, ..e }), None);
         let place = ledger.add(e).unwrap();
         assert_eq!(ledger.add(e), None, "full");
-        ledger.set(place, 0, false);
+        ledger.end(place);
         assert_eq!(ledger.iter().count(), 0);
         assert!(ledger.add(e).is_some());
     }

@@ -98,7 +98,7 @@ impl Pagemap {
                 (0..n).for_each(|i| batch[i as usize] = extent.pfn + len + i);
                 self.put(&batch[..n as usize], owner);
             }
-            self.ledger.set(place, 0, false);
+            self.ledger.end(place);
         }
     }
 
@@ -166,39 +166,26 @@ impl<'m> Hold<'m> {
 
     /// One more frame at the end. One at a time: who waits for another's transfer must not be in one himself.
     fn grow(&mut self, kind: HolderKind, pfn: Pfn) -> Result<(), HoldError> {
-        let (map, owner) = (self.map, self.owner);
-        // The record says that the frame is moving before its count changes: see `Ledger`.
-        let place = match self.places.last() {
-            Some(place) if !self.len.is_multiple_of(MAX_LEN) => {
-                map.ledger.set(*place, self.len % MAX_LEN, true);
-                *place
-            }
-            _ => {
-                let extent = Extent { owner, kind, pfn, len: 0, moving: true };
-                let place = map.ledger.add(extent).ok_or(match extent.kind {
-                    HolderKind::Entry | HolderKind::CleanCopy => HoldError::Kind(kind),
-                    HolderKind::Mapping | HolderKind::Pin | HolderKind::Driver => HoldError::TooMany,
-                })?;
-                self.places.push(place);
-                place
-            }
-        };
-        let had = self.len - self.full_before();
-        match map.get_in_transit(pfn, owner) {
-            Ok(()) => {
-                map.ledger.set(place, had + 1, false);
-                map.frames.settle(pfn);
-                self.len += 1;
-                Ok(())
-            }
+        let ledger = &self.map.ledger;
+        let begins = self.len.is_multiple_of(MAX_LEN);
+        if begins {
+            let place = ledger.begin(self.owner, kind, pfn).ok_or(match kind {
+                HolderKind::Entry | HolderKind::CleanCopy => HoldError::Kind(kind),
+                HolderKind::Mapping | HolderKind::Pin | HolderKind::Driver => HoldError::TooMany,
+            })?;
+            self.places.push(place);
+        }
+        let place = self.places[self.places.len() - 1];
+        match ledger.grow(place, &self.map.frames) {
+            Ok(()) => self.len += 1,
             Err(e) => {
-                map.ledger.set(place, had, false);
-                if had == 0 {
+                if begins {
                     self.places.pop();
                 }
-                Err(HoldError::Frame(pfn, e))
+                return Err(HoldError::Frame(pfn, e));
             }
         }
+        Ok(())
     }
 
     /// Frames in the records before the last one.
@@ -214,12 +201,9 @@ impl<'m> Hold<'m> {
         while let Some(&place) = self.places.last() {
             let before = self.full_before();
             while self.len > before {
-                let pfn = self.pfn + self.len - 1;
-                map.frames.begin_put(pfn, owner);
                 self.len -= 1;
-                map.ledger.set(place, self.len - before, true);
-                if map.frames.put_in_transit(pfn, owner) {
-                    last[n] = pfn;
+                if map.ledger.shrink(place, &map.frames) {
+                    last[n] = self.pfn + self.len;
                     n += 1;
                 }
                 if n == BATCH {
@@ -227,7 +211,7 @@ impl<'m> Hold<'m> {
                     n = 0;
                 }
             }
-            map.ledger.set(place, 0, false);
+            map.ledger.end(place);
             self.places.pop();
         }
         map.free_batch(&mut last[..n], owner);

@@ -116,9 +116,8 @@ impl Pagemap {
         let (ledger, rest) = rest.split(LEDGER);
         let (words, hints) = rest.split((end as usize).next_multiple_of(64) * 4);
         let head = head.atomics32();
-        let words = &words.atomics32()[..end as usize];
-        let frames =
-            FrameTable::new(words, hints.atomics64(), &head[0], &head[1], &head[2]).limited_to(&ranges);
+        let frames = FrameTable::new(words.atomics32(), hints.atomics64(), &head[0], &head[1], &head[2])
+            .limited_to(&ranges);
         let map = Self {
             id,
             memory_type,
@@ -146,7 +145,7 @@ impl Pagemap {
 fn check(
     id: u8,
     memory_type: MemoryType,
-    ranges: &mut Vec<Range<Pfn>>,
+    ranges: &mut [Range<Pfn>],
     ops: &dyn PagemapOps,
 ) -> Result<Pfn, RegisterError> {
     if id > MAX_ID {
