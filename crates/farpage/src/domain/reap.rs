@@ -154,7 +154,7 @@ impl Domain {
         slot.charge.store(0, Ordering::SeqCst);
         slot.pinned.store(0, Ordering::SeqCst);
         // Before the slot can be another's: locks that the dead process held, changes that it left half done.
-        d.pagemaps.iter().for_each(|map| map.device.repair(by));
+        d.pagemaps.iter().for_each(|map| map.repair(owner, by));
         let mut held = false;
         match d.map_window(owner) {
             Ok(window) => {
@@ -213,16 +213,17 @@ impl Domain {
         let any = held.iter().any(|h| !h.is_empty());
         for (i, map) in d.pagemaps.iter().enumerate() {
             for &pfn in &transit[i] {
-                if map.frames.recover(pfn, owner, published[i].contains(&pfn)) {
+                let published = published[i].contains(&pfn) || map.ledger.publishes(owner, pfn);
+                if map.frames.recover(pfn, owner, published) {
                     map.free(&[pfn], by);
                 }
             }
             for batch in held[i].chunks(256) {
                 // Without a mark of ours: nobody reaps us, and another dead process's mark on one of them is ours to
                 // clear, later.
-                let last: Vec<Pfn> = batch.iter().copied().filter(|&p| map.frames.put(p, by)).collect();
-                map.free(&last, by);
+                map.put(batch, by);
             }
+            map.put_holds(owner, by);
         }
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         if let Err(e) = rustix::fs::fallocate(&d.file, hole, base, WINDOW as u64) {
