@@ -8,14 +8,13 @@
 //! | from | to | by |
 //! |---|---|---|
 //! | fresh, gone | opening | [`Live::begin_open`] |
+//! | closed | opening | [`Live::begin_resume`] |
 //! | opening | live | [`Live::finish_open`] |
-//! | live | closing | [`Live::close`] |
-//! | closing | opening | [`Live::begin_resume`] |
-//! | closing | removing | [`Live::begin_remove`], for one of those who close |
-//! | removing | gone, closing | [`Live::finish_remove`] |
+//! | live, closed | removing | [`Live::begin_remove`] |
+//! | removing | gone, closed | [`Live::finish_remove`] |
 //!
-//! Words are opened only while *opening*, by the one who opens; so nobody opens what another has begun to close. Opening
-//! and removing carry their owner's number: should he die, [`Live::forget`] takes it back to *closing*.
+//! The words are opened and closed only while *opening* and *removing*, which one owner at a time is at; so nobody
+//! opens what another closes, nor the other way round. Should he die, [`Live::forget`] takes it back to *closed*.
 use std::time::{Duration, Instant};
 
 use super::Owner;
@@ -35,16 +34,16 @@ pub enum Phase {
     Opening,
     /// References can be had.
     Live,
-    /// No new references.
-    Closing,
-    /// Nobody has a reference, and the memory is going.
+    /// No new references, and nobody is at it: [`Phase::Removing`] has been given up.
+    Closed,
+    /// No new references: somebody waits until nobody has one, and then takes the memory away.
     Removing,
     /// It has gone.
     Gone,
 }
 
 const PHASES: [Phase; 6] =
-    [Phase::Fresh, Phase::Opening, Phase::Live, Phase::Closing, Phase::Removing, Phase::Gone];
+    [Phase::Fresh, Phase::Opening, Phase::Live, Phase::Closed, Phase::Removing, Phase::Gone];
 
 fn word(phase: Phase, owner: Owner) -> u32 {
     u32::from(owner) << 8 | phase as u32
@@ -109,10 +108,10 @@ impl Live {
         [Phase::Fresh, Phase::Gone].iter().any(|p| self.step(word(*p, 0), word(Phase::Opening, owner)))
     }
 
-    /// For who gives up closing. False: it is not closing.
+    /// For who gives up taking the memory away. False: it is not closed.
     #[must_use]
     pub fn begin_resume(&self, owner: Owner) -> bool {
-        self.step(word(Phase::Closing, 0), word(Phase::Opening, owner))
+        self.step(word(Phase::Closed, 0), word(Phase::Opening, owner))
     }
 
     /// References can be had (again).
@@ -122,26 +121,22 @@ impl Live {
         debug_assert!(live, "only {owner} can end this phase");
     }
 
-    /// No new references from now on; again by whoever goes on where another stopped. False: it is neither live nor
-    /// closing.
+    /// No new references from now on. False: it is not live, or another is at it.
     #[must_use]
-    pub fn close(&self) -> bool {
-        if !self.step(word(Phase::Live, 0), word(Phase::Closing, 0)) && self.phase() != Phase::Closing {
-            return false;
+    pub fn begin_remove(&self, owner: Owner) -> bool {
+        let begun =
+            [Phase::Live, Phase::Closed].iter().any(|p| self.step(word(*p, 0), word(Phase::Removing, owner)));
+        if begun {
+            // Relaxed: the bit carries nothing; `drain` has the Acquire.
+            self.all().for_each(|(_, w)| _ = w.fetch_or(CLOSED, Ordering::Relaxed));
         }
-        self.close_words();
-        true
+        begun
     }
 
-    fn close_words(&self) {
-        // Relaxed: the bit carries nothing; `drain` has the Acquire.
-        self.all().for_each(|(_, w)| _ = w.fetch_or(CLOSED, Ordering::Relaxed));
-    }
-
-    /// After [`Self::close`]: waits until no reference is left. `Err`: an owner that still had one at the `deadline`,
-    /// and how many.
+    /// After [`Self::begin_remove`]: waits until no reference is left. `Err`: an owner that still had one at the
+    /// `deadline`, and how many.
     pub fn drain(&self, deadline: Instant) -> Result<(), (Owner, u32)> {
-        // The dead wake nobody: look again from time to time.
+        // Who dies wakes nobody: look again from time to time.
         const AT_MOST: Duration = Duration::from_millis(50);
         for (owner, word) in self.all() {
             loop {
@@ -159,36 +154,21 @@ impl Live {
         Ok(())
     }
 
-    /// For who closes and sees no frame in use: he is the only one who goes on, nobody resumes, and who `still` sees a
-    /// frame in use then (it had been live again meanwhile) steps back. True: the memory can go;
-    /// [`Self::finish_remove`] is next.
-    #[must_use]
-    pub fn begin_remove(&self, owner: Owner, still: impl FnOnce() -> bool) -> bool {
-        if !self.step(word(Phase::Closing, 0), word(Phase::Removing, owner)) {
-            return false;
-        }
-        // Who was delayed between two looks may have begun with an older closing: close for certain, and look again.
-        self.close_words();
-        if self.drain(Instant::now()).is_ok() && !still() {
-            return true;
-        }
-        self.finish_remove(owner, false);
-        false
-    }
-
-    /// The memory has gone, or could not.
+    /// The memory has gone; or it has not, and is closed.
     pub fn finish_remove(&self, owner: Owner, gone: bool) {
-        let phase = if gone { Phase::Gone } else { Phase::Closing };
+        let phase = if gone { Phase::Gone } else { Phase::Closed };
         let ended = self.step(word(Phase::Removing, owner), word(phase, 0));
         debug_assert!(ended, "only {owner} can end this phase");
     }
 
     /// `owner` is dead: what it held is given back, what it had begun can be begun again.
     pub fn forget(&self, owner: Owner) {
+        // Release: what it did under its references is over.
         self.word(owner).fetch_and(CLOSED, Ordering::Release);
+        platform::futex_wake(self.word(owner), i32::MAX);
         for phase in [Phase::Opening, Phase::Removing] {
-            // What he opened of the words is closed again by the next who closes.
-            self.step(word(phase, owner), word(Phase::Closing, 0));
+            // Words that he left open are closed by the next who removes.
+            self.step(word(phase, owner), word(Phase::Closed, 0));
         }
     }
 

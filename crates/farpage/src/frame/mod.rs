@@ -171,7 +171,7 @@ impl FrameTable {
     /// neighbouring frames do not disturb each other, and a whole group is four lines all the same.
     pub fn place(&self, pfn: Pfn) -> usize {
         let i = pfn as usize;
-        i ^ (i & 3) << 4
+        (i & !63) | (i & 3) << 4 | (i >> 2 & 15)
     }
 
     /// The current count of a frame (a frame that is being freed counts as 0 already).

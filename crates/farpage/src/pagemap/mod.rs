@@ -162,7 +162,7 @@ impl Pagemap {
         match self.live.phase() {
             Phase::Fresh | Phase::Gone => NotLive::Unregistered,
             // Live: just again; it was not a moment ago.
-            Phase::Opening | Phase::Live | Phase::Closing | Phase::Removing => NotLive::Unregistering,
+            Phase::Opening | Phase::Live | Phase::Closed | Phase::Removing => NotLive::Unregistering,
         }
     }
 

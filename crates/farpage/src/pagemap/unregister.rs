@@ -132,27 +132,31 @@ impl Pagemap {
         timeout: Duration,
     ) -> Result<(), UnregisterError> {
         let deadline = Instant::now() + timeout;
-        loop {
-            if !self.live.close() {
-                match self.live.phase() {
-                    Phase::Fresh | Phase::Gone => return Err(NotLive::Unregistered.into()),
-                    // Another is just at it.
-                    _ if Instant::now() >= deadline => return Err(NotLive::Unregistering.into()),
-                    _ => std::thread::sleep(Duration::from_millis(1)),
-                }
-                continue;
+        while !self.live.begin_remove(owner) {
+            match self.live.phase() {
+                Phase::Fresh | Phase::Gone => return Err(NotLive::Unregistered.into()),
+                // Another is just at it.
+                _ if Instant::now() >= deadline => return Err(NotLive::Unregistering.into()),
+                _ => std::thread::sleep(Duration::from_millis(1)),
             }
-            let busy = |(owner, refs)| UnregisterError::Busy { name: self.name().to_owned(), owner, refs };
-            self.live.drain(deadline).map_err(busy)?;
-            // From here on every allocation that there will ever be is seen in the counts.
+        }
+        let removed = self.drain(tenants, deadline).and_then(|()| {
+            // Only after the last reference, and before anyone can register it again.
+            self.device.ops().remove(owner).map_err(UnregisterError::Remove)
+        });
+        self.live.finish_remove(owner, removed.is_ok());
+        removed
+    }
+
+    /// Waits until every count is 0.
+    fn drain(&self, tenants: &mut dyn Tenants, deadline: Instant) -> Result<(), UnregisterError> {
+        let busy = |(owner, refs)| UnregisterError::Busy { name: self.name().to_owned(), owner, refs };
+        self.live.drain(deadline).map_err(busy)?;
+        // From here on every allocation that there will ever be is seen in the counts.
+        loop {
             let held: Vec<Pfn> = self.frames.in_use().map(|(pfn, _)| pfn).collect();
             if held.is_empty() {
-                if self.live.begin_remove(owner, || self.frames.in_use().next().is_some()) {
-                    let removed = self.device.ops().remove(owner);
-                    self.live.finish_remove(owner, removed.is_ok());
-                    return removed.map_err(UnregisterError::Remove);
-                }
-                continue;
+                return Ok(());
             }
             tenants.migrate(self, &held);
             let left = deadline.saturating_duration_since(Instant::now());
