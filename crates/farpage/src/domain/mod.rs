@@ -1,11 +1,13 @@
 //! A domain: a process tree that shares a DRAM budget and devices, and the segment that holds its state.
 
+mod audit;
 mod budget;
 pub mod entry;
 mod layout;
 mod reap;
 mod slot;
 mod stats;
+mod walk;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -13,6 +15,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 
+pub use audit::{Audit, ChargeDifference, Difference, Holding};
 pub use layout::{ADDRESS_LIMIT, SLOT_COUNT, WINDOW};
 pub use reap::Launcher;
 pub use slot::{Counter, Slot, state};

@@ -57,8 +57,10 @@
 use std::fmt;
 use std::time::Duration;
 
+mod look;
 pub mod platform;
 
+pub use look::Look;
 use platform::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// A frame's number on its device.

@@ -60,9 +60,11 @@ pub fn run(space: &'static Space) -> ! {
     loop {
         let seen = slot.work.load(Ordering::SeqCst);
         let mut busy = false;
+        space.answer_audit();
         while step(space, &mut hands, &mut refilling) {
             busy = true;
             tick_if_due();
+            space.answer_audit();
         }
         tick_if_due();
         if busy {

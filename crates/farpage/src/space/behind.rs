@@ -110,12 +110,7 @@ impl Space {
 
     /// After changes that went past us: what this process is charged for, counted anew.
     fn recount(&self, world: &World) {
-        let mut pages = 0;
-        for range in world.ranges.iter() {
-            pages += self.charge_of(world, range.start, range.end);
-        }
-        let (start, len) = self.slots.area();
-        pages += world.resident(start, start + len);
+        let pages = self.counted(world);
         self.slot().charge.store(pages, std::sync::atomic::Ordering::SeqCst);
     }
 

@@ -11,6 +11,7 @@
 //! one who holds the world may be waiting for just such a message to be read.
 
 mod advice;
+mod audit;
 mod behind;
 pub(crate) mod bits;
 pub mod fork;
