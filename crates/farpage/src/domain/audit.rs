@@ -73,6 +73,9 @@ const ANSWER: Duration = Duration::from_millis(400);
 /// How often a charge that differs is counted again.
 const RECOUNTS: u32 = 4;
 
+/// The answer of a process whose pages others drop by raw system calls just then.
+pub(crate) const UNCERTAIN: u64 = u64::MAX;
+
 /// What an audit found.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Audit {
@@ -88,7 +91,7 @@ pub struct Audit {
     pub moving: u64,
     /// Processes whose DRAM charge is not what is there.
     pub charges: Vec<ChargeDifference>,
-    /// Processes that did not count their DRAM in time (stopped, or very busy).
+    /// Processes that did not count their DRAM in time (stopped, very busy, or dropping pages by raw system calls).
     pub silent: Vec<u32>,
 }
 
@@ -385,7 +388,7 @@ fn answer(slot: &Slot, question: u32, deadline: Instant) -> Option<(u64, u64)> {
         let answered = slot.audit_answered.load(Ordering::Acquire);
         if answered.wrapping_sub(question) as i32 >= 0 {
             let answer = slot.audit_answer.load(Ordering::Relaxed);
-            return Some((answer >> 32, answer & u64::from(u32::MAX)));
+            return (answer != UNCERTAIN).then_some((answer >> 32, answer & u64::from(u32::MAX)));
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() || slot.is_dead() {

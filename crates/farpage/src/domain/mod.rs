@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 
+pub(crate) use audit::UNCERTAIN;
 pub use audit::{Audit, ChargeDifference, Difference, Holding};
 pub use layout::{ADDRESS_LIMIT, SLOT_COUNT, WINDOW};
 pub use reap::Launcher;

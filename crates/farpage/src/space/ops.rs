@@ -152,6 +152,7 @@ impl Space {
         let result = call();
         if result.is_err() {
             self.come_back(world, start, end)?;
+            self.recharge(charge, self.charge_of(world, start, end));
             return result;
         }
         self.forget(world, start, end);
@@ -230,20 +231,23 @@ impl Space {
         };
         let before = charged_by_page(world);
         self.leave(world, start, end);
-        let result = match call() {
-            Ok(result) => {
+        let result = call();
+        match &result {
+            Ok(_) => {
                 self.enter(world, start, end)?;
-                result
+                world.ranges.granules(start, end).for_each(|(f, s, e)| self.drop_pages(&f, s, e));
             }
-            Err(e) => {
-                self.come_back(world, start, end)?;
-                return Err(e);
-            }
-        };
-        world.ranges.granules(start, end).for_each(|(f, s, e)| self.drop_pages(&f, s, e));
-        let after = charged_by_page(world);
+            Err(_) => self.come_back(world, start, end)?,
+        }
+        self.recharge(before, charged_by_page(world));
+        result
+    }
+
+    /// What was charged with `before` pages has `after` now. More than before, if another thread touched pages while they were
+    /// not registered: the kernel gave it those without asking.
+    fn recharge(&self, before: u64, after: u64) {
         self.domain.uncharge(self.me(), before.saturating_sub(after));
-        Ok(result)
+        self.domain.force_charge(self.me(), after.saturating_sub(before));
     }
 
     /// Gives up the copies, staged pages and entries of `[start, end)`, which lies in one granule.
