@@ -15,7 +15,7 @@ mod front;
 mod keeper;
 pub mod library;
 mod report;
-mod tree;
+pub mod tree;
 
 use std::ffi::OsString;
 use std::fs::File;

@@ -40,12 +40,17 @@ use super::slot::state;
 use super::{Domain, DomainError, Slot};
 use crate::frame::{Look, Owner, Pfn};
 
+/// A frame, by its device's number and its own.
+type Frame = (u8, Pfn);
+/// What is called with each reference.
+type Found<'a> = &'a mut dyn FnMut(Frame);
+
 /// A kind of reference: its name, and where those that one process holds are found.
 struct Kind {
     /// As a report names it.
     name: &'static str,
-    /// Calls the function with the device and the frame of each.
-    walk: fn(&Domain, Owner, &mut dyn FnMut(u8, Pfn)) -> Result<(), DomainError>,
+    /// Calls the function with the frame of each.
+    walk: fn(&Domain, Owner, Found<'_>) -> Result<(), DomainError>,
 }
 
 /// Every kind of reference that outlives a single call. Whoever makes another kind adds it here; it has to be found from
@@ -53,11 +58,11 @@ struct Kind {
 const KINDS: &[Kind] = &[Kind { name: "page entries", walk: page_entries }];
 
 /// Mapped and clean copies alike: each entry that names a frame holds one reference.
-fn page_entries(domain: &Domain, owner: Owner, found: &mut dyn FnMut(u8, Pfn)) -> Result<(), DomainError> {
+fn page_entries(domain: &Domain, owner: Owner, found: Found<'_>) -> Result<(), DomainError> {
     let window = domain.map_window(owner)?;
     domain.each_entry(owner, &window, |e| {
-        if let Some((device, pfn)) = e.frame() {
-            found(device, pfn);
+        if let Some(frame) = e.frame() {
+            found(frame);
         }
     });
     window.unmap();
@@ -157,9 +162,6 @@ impl Audit {
         self.differences.is_empty() && self.charges.is_empty()
     }
 }
-
-/// A frame, by its device's number and its own.
-type Frame = (u8, Pfn);
 
 /// One look at everything.
 struct Round {
@@ -302,7 +304,7 @@ impl Domain {
         owner: Owner,
         found: &mut dyn FnMut(&'static str, Frame),
     ) -> Result<(), DomainError> {
-        KINDS.iter().try_for_each(|k| (k.walk)(self, owner, &mut |device, pfn| found(k.name, (device, pfn))))
+        KINDS.iter().try_for_each(|k| (k.walk)(self, owner, &mut |frame| found(k.name, frame)))
     }
 
     /// The report of a difference: who has the references that were found.
