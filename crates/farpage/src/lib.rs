@@ -27,6 +27,9 @@ pub mod space;
 #[cfg(not(loom))]
 pub mod sys;
 
+#[cfg(all(test, shuttle))]
+mod models;
+
 /// Bytes of a page; farpage works on base pages only.
 pub const PAGE_SIZE: usize = 4096;
 

@@ -209,6 +209,7 @@ impl FrameTable {
     }
 
     fn update(&self, pfn: Pfn, f: impl Fn(u32) -> Result<u32, GetError>) -> Result<(), GetError> {
+        platform::point();
         let word = self.word(pfn);
         let mut w = word.load(Ordering::Relaxed);
         loop {
@@ -224,6 +225,7 @@ impl FrameTable {
 
     /// Ends a transfer: the entry and the count agree again.
     pub fn settle(&self, pfn: Pfn) {
+        platform::point();
         self.word(pfn).fetch_and(COUNT_MASK | FROZEN, Ordering::Release);
     }
 
@@ -263,6 +265,7 @@ impl FrameTable {
     }
 
     fn drop_ref(&self, pfn: Pfn, owner: Owner, in_transit: bool) -> bool {
+        platform::point();
         let word = self.word(pfn);
         let mut w = word.load(Ordering::Relaxed);
         loop {
@@ -291,6 +294,7 @@ impl FrameTable {
     /// The frame's storage is handed back: the word becomes 0, the frame is free, waiters are woken.
     pub fn release(&self, pfn: Pfn) {
         debug_assert!(count(self.word(pfn).load(Ordering::Relaxed)) == 0, "release of frame {pfn} in use");
+        platform::point();
         // Release pairs with the Acquire of the next `claim`.
         self.word(pfn).store(0, Ordering::Release);
         self.hints[pfn as usize / 64].fetch_and(!(1 << (pfn % 64)), Ordering::Release);

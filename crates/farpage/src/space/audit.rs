@@ -12,7 +12,7 @@ const QUIET: Duration = Duration::from_millis(5);
 impl Space {
     /// Pages of DRAM that this process has: its managed ranges, what is granted in full, and the staging slots. With the
     /// world held exclusively nothing moves, and this is what the process is charged for.
-    pub(super) fn counted(&self, world: &World) -> u64 {
+    pub(crate) fn counted(&self, world: &World) -> u64 {
         let ranges: u64 = world.ranges.iter().map(|r| self.charge_of(world, r.start, r.end)).sum();
         let (start, len) = self.slots.area();
         ranges + world.resident(start, start + len)

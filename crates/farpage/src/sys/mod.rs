@@ -9,6 +9,7 @@ pub mod lz4;
 mod memory;
 mod mutex;
 mod pagemap_scan;
+pub mod point;
 mod process;
 mod ring;
 mod rwlock;
@@ -48,5 +49,8 @@ pub fn now_ns() -> u64 {
 
 /// Lets another thread run.
 pub fn yield_now() {
+    if point::yielded() {
+        return;
+    }
     rustix::thread::sched_yield();
 }
