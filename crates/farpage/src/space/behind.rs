@@ -6,9 +6,10 @@
 //! So nothing of the range is evicted from the moment that the announcement is read ([`Space::in_flux`]) until the
 //! caller has surely done what he announced.
 
+use super::bits::runs;
 use super::ops::window;
 use super::range::GRANULE;
-use super::{Space, World, slots};
+use super::{Space, World};
 use crate::PAGE_SIZE;
 use crate::fault::Change;
 use crate::sys::uffd::Stop;
@@ -107,7 +108,7 @@ impl Space {
             let base = f.start / GRANULE * GRANULE;
             let theirs = window(f.start.max(from), f.end.min(from + len));
             let staged = self.slots.staged(slot);
-            for (first, n) in slots::runs(staged & theirs) {
+            for (first, n) in runs(staged & theirs) {
                 for i in first..first + n {
                     self.copy_back(world, slot, i, base + i * PAGE_SIZE - from + to);
                 }

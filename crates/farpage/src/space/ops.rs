@@ -6,9 +6,10 @@ use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
+use super::bits::{mask, runs};
 use super::puts::Puts;
 use super::range::{Found, GRANULE, Range, flag};
-use super::{Space, World, slots};
+use super::{Space, World};
 use crate::PAGE_SIZE;
 use crate::domain::entry::Entry;
 use crate::sys::Write;
@@ -313,7 +314,7 @@ impl Space {
         let Some(slot) = found.granule.slot() else { return };
         let base = found.start / GRANULE * GRANULE;
         let staged = self.slots.staged(slot);
-        for (first, len) in slots::runs(staged) {
+        for (first, len) in runs(staged) {
             let mut at = 0;
             while at < len {
                 let dst = base + (first + at) * PAGE_SIZE;
@@ -341,16 +342,16 @@ impl Space {
         let src = self.slots.addr(slot, page);
         loop {
             match world.uffd.copy(dst, src, PAGE_SIZE).1 {
-                None => break self.forget_frames(slot, slots::mask(page, 1)),
+                None => break self.forget_frames(slot, mask(page, 1)),
                 Some(Stop::Again) => self.hear(world),
-                Some(_) => break self.retire(slot, slots::mask(page, 1)),
+                Some(_) => break self.retire(slot, mask(page, 1)),
             }
         }
     }
 
     /// Frames of a slot whose pages have been copied elsewhere go to the kernel: the charge is the copies' now.
     pub(crate) fn forget_frames(&self, slot: u32, frames: u64) {
-        for (first, len) in slots::runs(frames) {
+        for (first, len) in runs(frames) {
             crate::sys::drop_pages(self.slots.addr(slot, first), len * PAGE_SIZE);
         }
     }
@@ -407,5 +408,5 @@ impl Space {
 
 /// The pages `[start, end)` of one granule as a set.
 pub(crate) fn window(start: usize, end: usize) -> u64 {
-    slots::mask(start % GRANULE / PAGE_SIZE, (end - start) / PAGE_SIZE)
+    mask(start % GRANULE / PAGE_SIZE, (end - start) / PAGE_SIZE)
 }
