@@ -8,6 +8,7 @@ use crate::device::{DeviceError, StoreOp, Sum};
 use crate::domain::Counter;
 use crate::domain::entry::Entry;
 use crate::frame::Pfn;
+use crate::space::bits::members;
 use crate::space::puts::Puts;
 use crate::space::range::{Found, GRANULE, flag};
 use crate::space::{Space, World};
@@ -61,13 +62,7 @@ impl Space {
             let mut freed = 0u64;
             let (mut clean, mut same) = (0, 0);
             self.fetch(slot, staged, base);
-            let mut rest = staged;
-            for _ in 0..BATCH {
-                if rest == 0 {
-                    break;
-                }
-                let i = rest.trailing_zeros() as usize;
-                rest &= rest - 1;
+            for i in members(staged).take(BATCH) {
                 let at = base + i * PAGE_SIZE;
                 // The page is staged and we hold its granule's lock.
                 let page = self.slots.staged_page(slot, i);
@@ -143,15 +138,7 @@ impl Space {
 
     /// Has what is needed of the next few staged pages fetched into the cache, all at the same time.
     fn fetch(&self, slot: u32, staged: u64, base: usize) {
-        let pages = || {
-            let mut rest = staged;
-            std::iter::from_fn(move || {
-                let i = (rest != 0).then(|| rest.trailing_zeros() as usize)?;
-                rest &= rest - 1;
-                Some(i)
-            })
-            .take(BATCH)
-        };
+        let pages = || members(staged).take(BATCH);
         for i in pages() {
             crate::sys::prefetch(self.slots.addr(slot, i), 256);
         }
