@@ -37,6 +37,17 @@ struct Dirty {
 }
 
 impl Space {
+    /// Settles some of what has been staged longest, and returns the slot to its queue if that was not all. `None`: nothing is
+    /// staged.
+    pub(crate) fn settle_next(&self, world: &World, hands: &mut Hands) -> Option<Settled> {
+        let slot = self.slots.oldest()?;
+        let settled = self.settle(world, slot, hands);
+        if settled != Settled::Done {
+            self.slots.unsettled(slot, settled == Settled::More);
+        }
+        Some(settled)
+    }
+
     /// Settles some pages of a slot that the caller has taken with [`crate::space::slots::Slots::oldest`]. Unless `Done`, he
     /// returns it with `unsettled`.
     pub(crate) fn settle(&self, world: &World, slot: u32, hands: &mut Hands) -> Settled {
