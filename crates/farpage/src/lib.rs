@@ -3,7 +3,7 @@
 //!
 //! Every page of every memory type obeys one lifetime rule: **a reference count of 0 means free**.
 //! The rooms, from the bottom: [`sys`] (the kernel's ABI), [`frame`] (counts), [`pagemap`] and [`device`] (where
-//! pages live), [`domain`] (what a process tree shares), [`fault`], [`reclaim`] and [`space`] (the manager of one
+//! pages live), [`domain`] (what a process tree shares), [`fault`], [`reclaim`], [`migrate`] and [`space`] (the manager of one
 //! address space).
 #![warn(missing_docs)]
 
@@ -17,9 +17,13 @@ pub mod domain;
 #[cfg(not(loom))]
 pub mod fault;
 #[cfg(not(loom))]
+pub mod migrate;
+#[cfg(not(loom))]
 pub mod pagemap;
 #[cfg(not(loom))]
 pub mod reclaim;
+#[cfg(not(loom))]
+pub mod region;
 #[cfg(not(loom))]
 pub mod size;
 #[cfg(not(loom))]
@@ -29,6 +33,22 @@ pub mod sys;
 
 #[cfg(all(test, shuttle))]
 mod models;
+
+#[cfg(not(loom))]
+pub use domain::{BuildError, Builder, Domain};
+#[cfg(not(loom))]
+pub use migrate::{MigrateReport, Outcome, Refusal, Target};
+#[cfg(not(loom))]
+pub use region::{Adopted, Region, RegionError};
+#[cfg(not(loom))]
+pub use space::Running;
+#[cfg(not(loom))]
+pub use space::pin::{Pin, PinError, PinnedRange};
+
+/// The guide's examples are run as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/library.md")]
+struct Guide;
 
 /// Bytes of a page; farpage works on base pages only.
 pub const PAGE_SIZE: usize = 4096;

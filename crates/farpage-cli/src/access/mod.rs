@@ -1,5 +1,6 @@
 //! `farpage access` (hidden): the program whose memory accesses `farpage bench` times. It does one phase
-//! and prints one line of JSON. It knows nothing of farpage: the kernel's swap and farpage run the same.
+//! and prints one line of JSON. It knows nothing of farpage: the kernel's swap and farpage run the same. With `--inline` its
+//! memory is a region of the library instead.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -74,6 +75,18 @@ pub struct Args {
     /// Check every Nth page completely at the end (0: none).
     #[arg(long, default_value_t = 16)]
     pub verify: usize,
+    /// Work on an inline region of the library, in a domain of its own with `--dram` and `--device`.
+    #[arg(long)]
+    pub inline: bool,
+    /// The budget of that domain.
+    #[arg(long, default_value = "128M")]
+    pub dram: String,
+    /// Its device.
+    #[arg(long, default_value = "ram:1G")]
+    pub device: String,
+    /// Where that domain's counters go at the end, as JSON.
+    #[arg(long)]
+    pub stats_json: Option<PathBuf>,
     /// Enter this control group first.
     #[arg(long)]
     pub cgroup: Option<PathBuf>,
@@ -96,6 +109,9 @@ pub enum AccessError {
         /// Why not.
         source: io::Error,
     },
+    /// The library gives no space.
+    #[error(transparent)]
+    Space(#[from] farpage::BuildError),
     /// The memory does not hold what was written there.
     #[error("WRONG DATA in page {page}, word {word}: {found:#x}")]
     Wrong {
@@ -128,25 +144,45 @@ pub fn run(args: Args) -> Result<u8, CliError> {
     Ok(0)
 }
 
+/// Where the memory comes from.
+fn space(args: &Args) -> Result<Option<farpage::Running>, AccessError> {
+    if !args.inline {
+        return Ok(None);
+    }
+    let domain = farpage::Domain::builder().dram(&args.dram).device(&args.device).build();
+    Ok(Some(domain.and_then(|d| Ok(d.start_inline()?))?))
+}
+
 fn measure(args: &Args) -> Result<Phase, AccessError> {
     if let Some(dir) = &args.cgroup {
         std::fs::write(dir.join("cgroup.procs"), "0")
             .map_err(|source| AccessError::Io { what: format!("enter {}", dir.display()), source })?;
     }
-    match args.pattern {
+    let space = space(args)?;
+    let space = space.as_ref();
+    let phase = match args.pattern {
         Pattern::Malloc => timed(args, |thread, hist| malloc_ops(args, thread, hist)),
-        Pattern::FirstTouch => first_touch(args),
-        _ => paged(args),
+        Pattern::FirstTouch => first_touch(args, space),
+        _ => paged(args, space),
+    }?;
+    if let (Some(space), Some(file)) = (space, &args.stats_json) {
+        let what = || format!("write {}", file.display());
+        serde_json::to_vec(&space.domain.stats())
+            .map_err(io::Error::from)
+            .and_then(|json| std::fs::write(file, json))
+            .map_err(|source| AccessError::Io { what: what(), source })?;
     }
+    Ok(phase)
 }
 
-fn map(bytes: u64) -> Result<Region, AccessError> {
-    Region::new(bytes).map_err(|source| AccessError::Io { what: format!("map {bytes} bytes"), source })
+fn map(space: Option<&farpage::Running>, bytes: u64) -> Result<Region, AccessError> {
+    let region = space.map_or_else(|| Region::new(bytes), |space| Region::in_space(space, bytes));
+    region.map_err(|source| AccessError::Io { what: format!("map {bytes} bytes"), source })
 }
 
 /// All phases that work on `size` bytes of checked pages.
-fn paged(args: &Args) -> Result<Phase, AccessError> {
-    let region = map(args.size)?;
+fn paged(args: &Args, space: Option<&farpage::Running>) -> Result<Phase, AccessError> {
+    let region = map(space, args.size)?;
     let work = Work { region, template: Template::new(args.ratio, args.seed), args };
     let pages = work.region.pages();
     let mut writes = 0;
@@ -281,9 +317,9 @@ impl Work<'_> {
 
 /// One word in every page of a fresh mapping, after the same in another one that was given back: so
 /// the machine has the memory at hand, also where a hypervisor lends it.
-fn first_touch(args: &Args) -> Result<Phase, AccessError> {
+fn first_touch(args: &Args, space: Option<&farpage::Running>) -> Result<Phase, AccessError> {
     for round in 0.. {
-        let region = map(args.size)?;
+        let region = map(space, args.size)?;
         let touch = |thread: u16, hist: &mut Histogram| {
             let mut clock = Clock::start();
             for page in share(0..region.pages(), args.threads, thread) {
@@ -358,6 +394,10 @@ mod tests {
             hot: 64 << 10,
             seed: 5,
             verify: 1,
+            inline: false,
+            dram: "8M".into(),
+            device: "ram:64M".into(),
+            stats_json: None,
             cgroup: None,
             below: None,
             sleep_ms: 5,
@@ -384,7 +424,7 @@ mod tests {
     #[test]
     fn wrong_data_is_found() {
         let args = args(Pattern::Seq, 1);
-        let region = map(args.size).unwrap();
+        let region = map(None, args.size).unwrap();
         let work = Work { region, template: Template::new(args.ratio, 5), args: &args };
         work.fill(0..256, &mut Histogram::new());
         work.verify(1, 0).unwrap();
@@ -399,7 +439,7 @@ mod tests {
     #[test]
     fn a_lost_write_is_found() {
         let args = args(Pattern::RandWrite, 1);
-        let region = map(args.size).unwrap();
+        let region = map(None, args.size).unwrap();
         let work = Work { region, template: Template::new(args.ratio, 5), args: &args };
         work.fill(0..256, &mut Histogram::new());
         work.ops(0, 0, 500, &mut Histogram::new()).unwrap();

@@ -1,8 +1,10 @@
-//! What the kernel itself takes for a page fault that a thread of the program resolves: userfaultfd, one page moved in by a
-//! handler on the faulting thread's CPU, and nothing else. No device, no checksum, no reclaim: no handler thread can be faster.
+//! What the kernel itself takes for a page fault that the program resolves: userfaultfd, one page moved in, and nothing else.
+//! No device, no checksum, no reclaim: neither a handler thread on the faulting thread's CPU nor the faulting thread in a
+//! SIGBUS handler can be faster.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use farpage::PAGE_SIZE;
@@ -13,22 +15,63 @@ use super::memory::Region;
 
 /// Pages that are faulted in, in random order, 64 MiB.
 const PAGES: usize = 16_384;
+const BYTES: usize = PAGES * PAGE_SIZE;
 
-/// Microseconds a fault. An error: no permission, or a kernel without `UFFDIO_MOVE`.
-pub fn fault() -> io::Result<f64> {
-    let memory = Region::new((PAGES * PAGE_SIZE) as u64)?;
-    let frames = Region::new((PAGES * PAGE_SIZE) as u64)?;
-    (0..PAGES).for_each(|i| frames.page(i)[0].store(1, Ordering::Relaxed));
-    let uffd = Uffd::open(features::MOVE)?;
-    let at = |region: &Region, i: usize| region.page(i).as_ptr() as usize;
-    uffd.register(at(&memory, 0), PAGES * PAGE_SIZE)?;
-    let mut order: Vec<usize> = (0..PAGES).collect();
-    let mut random = Random::new(1);
-    (1..PAGES).rev().for_each(|i| order.swap(i, random.below(i + 1)));
+/// Memory whose pages are absent, and pages to move there.
+struct Stage {
+    memory: Region,
+    frames: Region,
+    uffd: Uffd,
+    order: Vec<usize>,
+    failed: AtomicBool,
+}
 
+impl Stage {
+    fn new(uffd: Uffd) -> io::Result<Self> {
+        let memory = Region::new(BYTES as u64)?;
+        let frames = Region::new(BYTES as u64)?;
+        (0..PAGES).for_each(|i| frames.page(i)[0].store(1, Ordering::Relaxed));
+        let mut order: Vec<usize> = (0..PAGES).collect();
+        let mut random = Random::new(1);
+        (1..PAGES).rev().for_each(|i| order.swap(i, random.below(i + 1)));
+        uffd.register(memory.page(0).as_ptr() as usize, BYTES)?;
+        Ok(Self { memory, frames, uffd, order, failed: AtomicBool::new(false) })
+    }
+
+    /// Moves the page for `addr` in.
+    fn resolve(&self, addr: usize) {
+        let start = self.memory.page(0).as_ptr() as usize;
+        let frame = self.frames.page((addr - start) / PAGE_SIZE).as_ptr() as usize;
+        if self.uffd.move_pages(addr, frame, PAGE_SIZE, false).1.is_some() {
+            self.failed.store(true, Ordering::Relaxed);
+            // The thread gets a page of zeros instead of waiting for ever.
+            let _waiting = self.uffd.unregister(start, BYTES);
+        }
+    }
+
+    /// Touches every page; microseconds a fault.
+    fn touch(&self) -> f64 {
+        let began = Instant::now();
+        let sum: u64 = self.order.iter().map(|&i| self.memory.page(i)[0].load(Ordering::Relaxed)).sum();
+        let time = began.elapsed();
+        if sum != PAGES as u64 {
+            self.failed.store(true, Ordering::Relaxed);
+        }
+        time.as_secs_f64() * 1e6 / PAGES as f64
+    }
+
+    fn result(&self, us: Option<f64>) -> io::Result<f64> {
+        let us = us.filter(|_| !self.failed.load(Ordering::Relaxed));
+        us.ok_or_else(|| io::Error::other("UFFDIO_MOVE does not work here"))
+    }
+}
+
+/// Microseconds a fault that a thread on the same CPU resolves. An error: no permission, or a kernel without `UFFDIO_MOVE`.
+pub fn by_a_thread() -> io::Result<f64> {
+    let stage = Stage::new(Uffd::open(features::MOVE)?)?;
     let allowed = rustix::thread::sched_getaffinity(None)?;
     let cpu = (0..rustix::thread::CpuSet::MAX_CPU).find(|&c| allowed.is_set(c)).unwrap_or(0) as u32;
-    let (done, failed) = (AtomicBool::new(false), AtomicBool::new(false));
+    let done = AtomicBool::new(false);
     let time = std::thread::scope(|s| {
         s.spawn(|| {
             // As farpage's handlers do: such a thread makes way at once for the one that it wakes.
@@ -36,39 +79,57 @@ pub fn fault() -> io::Result<f64> {
             farpage::sys::set_idle_policy(0, true);
             let mut messages = [Msg::Unknown(0); MSG_BATCH];
             while !done.load(Ordering::Relaxed) {
-                let n = uffd::read(uffd.raw(), &mut messages).unwrap_or(0);
+                let n = uffd::read(stage.uffd.raw(), &mut messages).unwrap_or(0);
                 if n == 0 {
-                    uffd::wait(uffd.raw(), Some(Duration::from_millis(20)));
+                    uffd::wait(stage.uffd.raw(), -1, Some(Duration::from_millis(20)));
                 }
                 for m in &messages[..n] {
                     let Msg::Fault { addr, .. } = *m else { continue };
-                    let frame = at(&frames, (addr - at(&memory, 0)) / PAGE_SIZE);
-                    if uffd.move_pages(addr, frame, PAGE_SIZE, false).1.is_some() {
-                        failed.store(true, Ordering::Relaxed);
-                        // It gets a page of zeros instead of waiting for ever.
-                        let _waiting = uffd.unregister(at(&memory, 0), PAGES * PAGE_SIZE);
-                    }
-                    uffd::wake(uffd.raw(), addr, PAGE_SIZE);
+                    stage.resolve(addr);
+                    uffd::wake(stage.uffd.raw(), addr, PAGE_SIZE);
                 }
             }
         });
         let faulting = s.spawn(|| {
             farpage::sys::bind(0, cpu);
-            let began = Instant::now();
-            let sum: u64 = order.iter().map(|&i| memory.page(i)[0].load(Ordering::Relaxed)).sum();
-            let time = began.elapsed();
+            let time = stage.touch();
             done.store(true, Ordering::Relaxed);
-            if sum != PAGES as u64 {
-                failed.store(true, Ordering::Relaxed);
-            }
             time
         });
         faulting.join()
     });
-    match time {
-        Ok(time) if !failed.load(Ordering::Relaxed) => Ok(time.as_secs_f64() * 1e6 / PAGES as f64),
-        _ => Err(io::Error::other("UFFDIO_MOVE does not work here")),
+    stage.result(time.ok())
+}
+
+/// The stage that SIGBUS handlers play on, while there is one.
+static STAGE: AtomicUsize = AtomicUsize::new(0);
+/// One measurement at a time.
+static MEASURING: Mutex<()> = Mutex::new(());
+
+/// Microseconds a fault that the faulting thread resolves in a SIGBUS handler. An error: a kernel without `UFFDIO_MOVE`.
+pub fn inline() -> io::Result<f64> {
+    let _alone: MutexGuard<'_, ()> = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
+    let stage = Stage::new(Uffd::open_for_sigbus(features::MOVE)?)?;
+    STAGE.store(std::ptr::from_ref(&stage) as usize, Ordering::Release);
+    farpage::sys::on_sigbus(resolve)?;
+    let time = stage.touch();
+    STAGE.store(0, Ordering::Release);
+    stage.result(Some(time))
+}
+
+#[allow(unsafe_code)] // a signal handler has no arguments of ours
+fn resolve(addr: usize) -> bool {
+    // SAFETY: who put the address there keeps the stage alive until he has taken it away, and all faults of the stage are
+    // his own.
+    let Some(stage) = (unsafe { (STAGE.load(Ordering::Acquire) as *const Stage).as_ref() }) else {
+        return false;
+    };
+    let start = stage.memory.page(0).as_ptr() as usize;
+    let ours = addr.wrapping_sub(start) < BYTES;
+    if ours {
+        stage.resolve(addr / PAGE_SIZE * PAGE_SIZE);
     }
+    ours
 }
 
 #[cfg(test)]
@@ -77,9 +138,11 @@ mod tests {
 
     #[test]
     fn a_bare_fault_takes_some_time() {
-        match fault() {
-            Ok(us) => assert!(us > 0.5, "{us}"),
-            Err(e) => eprintln!("SKIPPED: {e}"),
+        for fault in [by_a_thread, inline] {
+            match fault() {
+                Ok(us) => assert!(us > 0.5, "{us}"),
+                Err(e) => eprintln!("SKIPPED: {e}"),
+            }
         }
     }
 }

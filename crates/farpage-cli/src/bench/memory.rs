@@ -1,4 +1,5 @@
-//! The anonymous mapping that the access program works on, as words that threads may share.
+//! The memory that the access program works on, as words that threads may share: an anonymous mapping, or a region of the
+//! library.
 #![allow(unsafe_code)] // here a mapping becomes a pointer
 
 use std::io;
@@ -10,6 +11,8 @@ use super::data::WORDS;
 pub struct Region {
     start: *mut AtomicU64,
     pages: usize,
+    /// Whose it is, if it is not a mapping of our own.
+    region: Option<farpage::Region<u64>>,
 }
 
 // SAFETY: the region is only reached as `&[AtomicU64]`, which threads may share, and is unmapped only
@@ -38,7 +41,14 @@ impl Region {
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Region { start: start.cast(), pages })
+        Ok(Region { start: start.cast(), pages, region: None })
+    }
+
+    /// A region of `bytes`, rounded up to pages, in a space of the library.
+    pub fn in_space(space: &farpage::Running, bytes: u64) -> io::Result<Region> {
+        let pages = usize::try_from(bytes.div_ceil(4096)).unwrap_or(usize::MAX / 8192).max(1);
+        let region = space.region::<u64>(pages * WORDS).map_err(io::Error::other)?;
+        Ok(Region { start: region.addresses().start as *mut AtomicU64, pages, region: Some(region) })
     }
 
     /// Pages mapped.
@@ -71,6 +81,9 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
+        if self.region.is_some() {
+            return;
+        }
         // SAFETY: the mapping is ours and no reference to it outlives `self`. A failure only leaks it.
         let _ = unsafe { libc::munmap(self.start.cast(), self.pages * 4096) };
     }

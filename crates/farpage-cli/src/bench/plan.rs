@@ -42,6 +42,9 @@ pub struct Args {
     /// Where farpage keeps pages (default: `ram` of twice the memory).
     #[arg(long)]
     pub device: Option<String>,
+    /// Measure inline regions of the library instead of `farpage run`.
+    #[arg(long)]
+    pub inline: bool,
     /// Print the report as JSON.
     #[arg(long)]
     pub json: bool,
@@ -128,6 +131,8 @@ impl Args {
             .flat_map(|choice| self.threads.iter().map(move |threads| (choice, threads)))
             // One idle program is as idle as two of them.
             .filter(|(choice, threads)| choice.pattern != Pattern::Idle || **threads == self.threads[0])
+            // A region is no heap.
+            .filter(|(choice, _)| choice.pattern != Pattern::Malloc || !self.inline)
             .map(|(choice, threads)| case(choice, threads))
             .collect())
     }
@@ -153,6 +158,9 @@ impl Args {
         let size = if within_budget { self.size / 2 } else { self.size };
         let default_job = self.size >= 4 * self.dram;
         let must = match (choice.pattern, choice.ratio.unwrap_or(self.ratio)) {
+            (Seq, Content::Ratio(4.0)) if self.inline => Some(Must::Faster(12.0)),
+            (RandRead, _) if self.inline => Some(Must::Faster(2.4)),
+            (RandWrite, _) if self.inline => Some(Must::Faster(1.6)),
             (Seq, Content::Ratio(4.0)) => Some(Must::Faster(10.0)),
             (Fill, _) => Some(Must::Faster(2.0)),
             (RandRead, _) => Some(Must::Faster(1.5)),
@@ -181,6 +189,7 @@ impl Args {
                 warm,
                 verify: if choice.pattern == RandWrite { 1 } else { 16 },
                 sleep_ms: if self.quick { 1000 } else { 3000 },
+                inline: self.inline,
             },
             within_budget,
             must: must.filter(|_| within_budget || default_job),

@@ -32,6 +32,8 @@ pub struct Machine {
     pub kernel_side_missing: Option<String>,
     /// See [`super::bare`].
     pub bare_fault_us: Option<f64>,
+    /// Our side is inline regions of the library.
+    pub inline: bool,
 }
 
 impl Machine {
@@ -216,9 +218,11 @@ impl Report {
             }
         }
         if let Some(bare) = m.bare_fault_us {
+            let by =
+                if m.inline { "the thread itself in a SIGBUS handler" } else { "a thread on the same CPU" };
             let _ = writeln!(
                 text,
-                "\na bare fault takes {bare:.1} µs: userfaultfd, one page moved in by a thread on the same CPU, no device, no reclaim"
+                "\na bare fault takes {bare:.1} µs: userfaultfd, one page moved in by {by}, no device, no reclaim"
             );
             for row in &self.rows {
                 if let Some(most) = row.most_by_a_thread(bare) {
@@ -379,6 +383,7 @@ mod tests {
             warm: 0,
             verify: 0,
             sleep_ms: 0,
+            inline: false,
         };
         let mut row = Row::new(Case { spec, name: "name@2".into(), within_budget: false, must: Some(must) });
         row.theirs = theirs.iter().map(|us| outcome(pattern, *us)).collect();

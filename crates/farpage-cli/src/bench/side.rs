@@ -43,6 +43,8 @@ pub struct Spec {
     pub warm: usize,
     pub verify: usize,
     pub sleep_ms: u64,
+    /// Our side is an inline region of the library, not `farpage run`.
+    pub inline: bool,
 }
 
 /// What came of it.
@@ -130,7 +132,7 @@ impl Runner {
 
     fn command(&self, side: Side, spec: &Spec, stats: Option<&StatsFile>) -> Command {
         let mut command = Command::new(&self.program);
-        if let Some(stats) = stats {
+        if let Some(stats) = stats.filter(|_| !spec.inline) {
             command.args(["run", "--dram", &spec.dram.to_string(), "--device", &self.device]);
             command.arg("--stats-json").arg(&stats.0).arg("--").arg(&self.program);
         }
@@ -149,6 +151,10 @@ impl Runner {
             ("--below", std::process::id().to_string()),
         ] {
             command.args([option, &value]);
+        }
+        if let (Some(stats), true) = (stats, spec.inline) {
+            command.args(["--inline", "--dram", &spec.dram.to_string(), "--device", &self.device]);
+            command.arg("--stats-json").arg(&stats.0);
         }
         if let (Side::Swap, Some(dir)) = (side, &self.cgroup) {
             command.arg("--cgroup").arg(dir);

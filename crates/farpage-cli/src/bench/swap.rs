@@ -78,7 +78,8 @@ pub fn run(args: &Args) -> Result<u8, BenchError> {
     for round in 0..args.rounds() {
         if wants_bare {
             // Without permission there is no farpage side either, which says so.
-            bare.extend(super::bare::fault().ok());
+            let bare_fault = if args.inline { super::bare::inline } else { super::bare::by_a_thread };
+            bare.extend(bare_fault().ok());
         }
         for i in 0..rows.len() {
             progress(round as usize * rows.len() + i, total, &rows[i].case);
@@ -88,6 +89,7 @@ pub fn run(args: &Args) -> Result<u8, BenchError> {
     progress_end();
     drop(kernel);
     machine.bare_fault_us = median(&bare);
+    machine.inline = args.inline;
     let report = Report { machine, rows };
     let text = if args.json { report.json() } else { report.table() };
     io::stdout().write_all(text.as_bytes()).map_err(BenchError::io("print the report"))?;

@@ -153,7 +153,7 @@ impl Memory {
 /// Checks what was asked for and fills in what was not.
 pub fn plan(dram: Dram, devices: &[Spec], memory: &Memory) -> Result<Plan, BudgetError> {
     check_sizes(dram, devices, memory)?;
-    let pools = || devices.iter().filter(|d| matches!(base(d), Spec::Ram { .. }));
+    let pools = || devices.iter().filter(|d| matches!(base(d), Spec::Ram { .. } | Spec::Mem { .. }));
     let fixed = pools().filter_map(Spec::size).fold(0, u64::saturating_add);
     let open = pools().filter(|d| d.size().is_none()).count() as u64;
     let share = memory.share();
@@ -209,7 +209,7 @@ fn check_sizes(dram: Dram, devices: &[Spec], memory: &Memory) -> Result<(), Budg
     }
     for device in devices {
         let large = device.size().is_some_and(|size| size > memory.total);
-        if large && matches!(base(device), Spec::Ram { .. }) {
+        if large && matches!(base(device), Spec::Ram { .. } | Spec::Mem { .. }) {
             return Err(BudgetError::PoolTooLarge { device: device.to_string(), total: memory.total });
         }
     }

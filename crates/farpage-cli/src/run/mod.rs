@@ -144,6 +144,7 @@ fn prepare(args: Args) -> Result<Job, CliError> {
         strict: args.strict,
         verbose: args.verbose,
         recycle: !inherited,
+        max_pinned: None,
         devices: plan.devices,
     };
     let audit = args.audit.map(Duration::from_millis);

@@ -7,6 +7,7 @@ use crate::sys::SharedArea;
 
 mod file;
 mod inject;
+mod mem;
 mod ram;
 pub mod spec;
 #[cfg(test)]
@@ -47,7 +48,7 @@ pub struct StoreOp<'a> {
     pub pfn: Pfn,
     /// The bytes.
     pub page: &'a Page,
-    /// Their checksum, to be kept with them.
+    /// Their checksum, to be kept with them; none ([`Sum::default`]) for a device that [is memory](Device::is_memory).
     pub sum: Sum,
     /// The outcome.
     pub result: Result<(), DeviceError>,
@@ -109,6 +110,17 @@ pub trait Device: Send + Sync {
     /// lock could not tell from the dead. `owner` is the caller.
     fn repair(&self, owner: Owner) {
         let _owner = owner;
+    }
+    /// Whether it is plain memory, in which pages lie as they are: it needs no checksum with a page that is stored, and
+    /// what it loads is not verified; a store is so short that it may be done under a lock.
+    fn is_memory(&self) -> bool {
+        false
+    }
+    /// The frames `[first, end)` are free and are not going to be allocated: what memory stands behind them may go back to
+    /// the kernel. Returns how many bytes did.
+    fn shrunk(&self, first: Pfn, end: Pfn) -> u64 {
+        let _frames = (first, end);
+        0
     }
     /// How full it is.
     fn usage(&self) -> Usage;

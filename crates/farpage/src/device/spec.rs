@@ -1,4 +1,4 @@
-//! Device specifications: `ram[:SIZE]`, `file:DIR[:SIZE]`, and for tests `inject:RULES:SPEC`.
+//! Device specifications: `ram[:SIZE]`, `mem:SIZE`, `file:DIR[:SIZE]`, and for tests `inject:RULES:SPEC`.
 
 use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -8,7 +8,7 @@ use std::str::FromStr;
 use rustix::io::Errno;
 
 use super::inject::{Inject, Rules, RulesError};
-use super::{Attach, Device, file, ram};
+use super::{Attach, Device, file, mem, ram};
 use crate::size::{SizeError, format_size, looks_like_size, parse_size};
 
 /// Which device, and how large.
@@ -18,6 +18,11 @@ pub enum Spec {
     Ram {
         /// Bytes the compressed pool may occupy.
         size: Option<u64>,
+    },
+    /// Uncompressed pages in memory.
+    Mem {
+        /// Bytes the pages may occupy.
+        size: u64,
     },
     /// Pages in an unlinked file in `dir`; `size` bytes at most (`None`: the launcher decides).
     File {
@@ -39,7 +44,7 @@ pub enum Spec {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SpecError {
     /// No such kind of device.
-    #[error("unknown device `{0}` (there are `ram[:SIZE]` and `file:DIR[:SIZE]`)")]
+    #[error("unknown device `{0}` (there are `ram[:SIZE]`, `mem:SIZE` and `file:DIR[:SIZE]`)")]
     Unknown(String),
     /// The size is none.
     #[error("device `{0}`: {1}")]
@@ -50,6 +55,9 @@ pub enum SpecError {
     /// The size is above the largest that works.
     #[error("device `{0}` is too large: the largest that works is {max}", max = format_size(*.1))]
     TooLarge(String, u64),
+    /// `mem` without a size.
+    #[error("device `{0}` needs a size (write `mem:SIZE`)")]
+    NoSize(String),
     /// `file` without a directory.
     #[error("device `{0}` names no directory (write `file:DIR` or `file:DIR:SIZE`)")]
     NoDirectory(String),
@@ -97,6 +105,7 @@ impl Spec {
     pub fn size(&self) -> Option<u64> {
         match self {
             Self::Ram { size } | Self::File { size, .. } => *size,
+            Self::Mem { size } => Some(*size),
             Self::Inject { inner, .. } => inner.size(),
         }
     }
@@ -107,6 +116,7 @@ impl Spec {
         let size = Some(bytes.clamp(min, max));
         match self {
             Self::Ram { .. } => Self::Ram { size },
+            Self::Mem { .. } => Self::Mem { size: bytes.clamp(min, max) },
             Self::File { dir, .. } => Self::File { dir, size },
             Self::Inject { rules, inner } => Self::Inject { rules, inner: Box::new(inner.with_size(bytes)) },
         }
@@ -116,6 +126,7 @@ impl Spec {
     pub fn limits(&self) -> (u64, u64) {
         match self {
             Self::Ram { .. } => (ram::MIN_SIZE, ram::MAX_SIZE),
+            Self::Mem { .. } => (mem::MIN_SIZE, mem::MAX_SIZE),
             Self::File { .. } => (file::MIN_SIZE, file::MAX_SIZE),
             Self::Inject { inner, .. } => inner.limits(),
         }
@@ -131,6 +142,7 @@ impl Spec {
     pub fn frames(&self) -> u32 {
         match self {
             Self::Ram { .. } => ram::frames(self.bytes()),
+            Self::Mem { .. } => mem::frames(self.bytes()),
             Self::File { .. } => file::frames(self.bytes()),
             Self::Inject { inner, .. } => inner.frames(),
         }
@@ -140,6 +152,7 @@ impl Spec {
     pub fn shared_len(&self) -> usize {
         match self {
             Self::Ram { .. } => ram::shared_len(self.bytes()),
+            Self::Mem { .. } => mem::shared_len(self.bytes()),
             Self::File { .. } => file::shared_len(self.bytes()),
             Self::Inject { inner, .. } => Inject::SHARED_LEN + inner.shared_len(),
         }
@@ -149,7 +162,7 @@ impl Spec {
     /// domain lives and passes its [`backing_path`] as [`Attach::path`].
     pub fn create_backing(&self) -> Result<Option<OwnedFd>, SetupError> {
         match self {
-            Self::Ram { .. } => Ok(None),
+            Self::Ram { .. } | Self::Mem { .. } => Ok(None),
             Self::Inject { inner, .. } => inner.create_backing(),
             Self::File { dir, .. } => file::create_backing(dir, self.bytes()).map(Some).map_err(|errno| {
                 SetupError::Create { dir: dir.display().to_string(), size: self.bytes(), errno }
@@ -161,6 +174,7 @@ impl Spec {
     pub fn attach(&self, attach: Attach) -> Result<Box<dyn Device>, SetupError> {
         Ok(match self {
             Self::Ram { .. } => Box::new(ram::Ram::attach(self.bytes(), attach)),
+            Self::Mem { .. } => Box::new(mem::Mem::attach(self.bytes(), &attach)),
             Self::File { .. } => {
                 let name = self.clone().with_size(self.bytes()).to_string();
                 Box::new(file::File::attach(name.clone(), self.bytes(), &attach).map_err(|errno| {
@@ -205,6 +219,12 @@ impl FromStr for Spec {
                 let size = given.then(|| parse_size(size)).transpose().map_err(size_error)?;
                 Self::Ram { size }.check_size(text)
             }
+            ("mem", size) => {
+                if text == "mem" {
+                    return Err(SpecError::NoSize(text.to_owned()));
+                }
+                Self::Mem { size: parse_size(size).map_err(size_error)? }.check_size(text)
+            }
             ("file", rest) => {
                 let (dir, size) = split_dir(rest).map_err(size_error)?;
                 if dir.is_empty() {
@@ -232,6 +252,7 @@ impl fmt::Display for Spec {
         match self {
             Self::Ram { size: None } => write!(f, "ram"),
             Self::Ram { size: Some(size) } => write!(f, "ram:{}", format_size(*size)),
+            Self::Mem { size } => write!(f, "mem:{}", format_size(*size)),
             Self::File { dir, size: Some(size) } => {
                 write!(f, "file:{}:{}", dir.display(), format_size(*size))
             }
@@ -260,6 +281,7 @@ mod tests {
             ("ram", Spec::Ram { size: None }),
             ("ram:1G", Spec::Ram { size: Some(1 << 30) }),
             ("ram:1048576", Spec::Ram { size: Some(1 << 20) }),
+            ("mem:64M", Spec::Mem { size: 64 << 20 }),
             ("file:/scratch", file("/scratch", None)),
             ("file:/scratch:2T", file("/scratch", Some(2 << 40))),
             ("file:a:b", file("a:b", None)),
@@ -283,6 +305,10 @@ mod tests {
             ("ram:0", "device `ram:0` is too small: the smallest that works is 1M"),
             ("ram:1023K", "smallest that works is 1M"),
             ("ram:1T", "largest that works is 128G"),
+            ("mem", "needs a size"),
+            ("mem:", "`` is not a size"),
+            ("mem:4K", "smallest that works is 1M"),
+            ("mem:2T", "largest that works is 1T"),
             ("file", "names no directory"),
             ("file:", "names no directory"),
             ("file::1G", "names no directory"),
@@ -321,7 +347,7 @@ mod tests {
         fn no_input_panics_and_what_parses_round_trips(
             text in prop_oneof![
                 any::<String>(),
-                "(ram|file|inject)(:[a-z0-9=x,+*%-]{0,12}){0,3}(:(ram|file))?(:[/a-zKMGT0-9.]{0,6}){0,3}:?",
+                "(ram|mem|file|inject)(:[a-z0-9=x,+*%-]{0,12}){0,3}(:(ram|mem|file))?(:[/a-zKMGT0-9.]{0,6}){0,3}:?",
             ]
         ) {
             if let Ok(spec) = text.parse::<Spec>() {

@@ -2,6 +2,7 @@
 
 mod audit;
 mod budget;
+mod builder;
 pub mod entry;
 mod layout;
 mod reap;
@@ -17,13 +18,14 @@ use rustix::fs::{MemfdFlags, Mode, OFlags};
 
 pub(crate) use audit::UNCERTAIN;
 pub use audit::{Audit, ChargeDifference, Difference, Holding};
+pub use builder::{BuildError, Builder};
 pub use layout::{ADDRESS_LIMIT, SLOT_COUNT, WINDOW};
 pub use reap::Launcher;
 pub use slot::{Counter, Slot, state};
 pub use stats::{DeviceStats, Stats};
 
-use crate::device::Attach;
 use crate::device::spec::{SetupError, Spec};
+use crate::device::{Attach, Device};
 use crate::frame::Owner;
 use crate::pagemap::Pagemap;
 use crate::sys::{Peers, SharedArea, SharedMap};
@@ -45,6 +47,10 @@ pub struct Config {
     /// DRAM frames may be used again without giving them to the kernel, where it is certain that the kernel holds no
     /// plain reference to them. See [`Domain::may_recycle`].
     pub recycle: bool,
+    /// The most memory that may be pinned in the whole tree (as `RLIMIT_MEMLOCK`); half of `dram` if not given. What is
+    /// pinned cannot leave DRAM, so it takes from what all others may use.
+    #[serde(default)]
+    pub max_pinned: Option<u64>,
     /// In order of preference; sizes resolved.
     pub devices: Vec<Spec>,
 }
@@ -71,6 +77,9 @@ pub enum DomainError {
     /// The segment is not one of ours, or of another version.
     #[error("not a farpage segment")]
     NotOurs,
+    /// The domain has devices of its creator's own.
+    #[error("the domain has devices that only the process that made them can reach")]
+    Private,
     /// All process slots are taken.
     #[error("more than {} processes at once", SLOT_COUNT - 1)]
     TooManyProcesses,
@@ -91,6 +100,8 @@ struct Record {
     launcher: u32,
     /// Per device: path of its backing file.
     paths: Vec<Option<String>>,
+    /// There are devices that only the creating process can reach.
+    private: bool,
 }
 
 /// Words of the header behind the configuration.
@@ -152,6 +163,14 @@ impl Domain {
     /// # Errors
     /// [`DomainError::Sys`] and [`DomainError::Device`], both saying on what.
     pub fn create(config: &Config) -> Result<Self, DomainError> {
+        Self::create_with(config, Vec::new())
+    }
+
+    /// As [`Domain::create`], with devices of this process's own besides; no other process can join then.
+    ///
+    /// # Errors
+    /// As [`Domain::create`].
+    pub fn create_with(config: &Config, own: Vec<Box<dyn Device>>) -> Result<Self, DomainError> {
         let file = rustix::fs::memfd_create("farpage", MemfdFlags::CLOEXEC)
             .map_err(sys_err("create the domain's shared memory"))?;
         rustix::fs::ftruncate(&file, layout::FILE_LEN).map_err(sys_err(
@@ -165,12 +184,13 @@ impl Domain {
             paths.push(fd.as_ref().map(crate::device::spec::backing_path));
             backing.push(fd);
         }
-        let record = Record { config: config.clone(), launcher, paths };
+        let private = !own.is_empty();
+        let record = Record { config: config.clone(), launcher, paths, private };
         let json = serde_json::to_vec(&record).map_err(|_| DomainError::TooLong)?;
         if json.len() > layout::HEADER / 2 {
             return Err(DomainError::TooLong);
         }
-        let map = Self::map(&file, &record)?;
+        let map = Self::map(&file, &record, &own)?;
         let area = map.area(0, layout::HEADER);
         area.write(16, &json);
         area.atomics64()[1].store(json.len() as u64, Ordering::Relaxed);
@@ -178,7 +198,7 @@ impl Domain {
         area.atomics64()[0].store(layout::MAGIC, Ordering::Release);
         // The backing files live as long as the launcher: its children reach them through /proc.
         backing.into_iter().flatten().for_each(std::mem::forget);
-        Self::open(file, map, record, true)
+        Self::open(file, map, record, true, own)
     }
 
     /// Joins the domain whose segment `path` names.
@@ -199,28 +219,43 @@ impl Domain {
         let mut json = vec![0; len];
         area.read(16, &mut json);
         let record: Record = serde_json::from_slice(&json).map_err(|_| DomainError::NotOurs)?;
-        let map = Self::map(&file, &record)?;
-        Self::open(file, map, record, false)
+        if record.private {
+            return Err(DomainError::Private);
+        }
+        let map = Self::map(&file, &record, &[])?;
+        Self::open(file, map, record, false, Vec::new())
     }
 
-    fn map(file: &OwnedFd, record: &Record) -> Result<SharedMap, DomainError> {
-        let len: usize = record.config.devices.iter().map(|s| counts_len(s) + own_len(s)).sum();
+    fn map(file: &OwnedFd, record: &Record, own: &[Box<dyn Device>]) -> Result<SharedMap, DomainError> {
+        let len: usize = record.config.devices.iter().map(|s| counts_len(s.frames()) + own_len(s)).sum();
+        let len = len + own.iter().map(|d| counts_len(d.frames())).sum::<usize>();
         SharedMap::new(file, 0, layout::DEVICES + len).map_err(sys_err(
             "map the domain's shared memory (is an address space limit set? see `ulimit -v`)",
         ))
     }
 
-    fn open(file: OwnedFd, map: SharedMap, record: Record, create: bool) -> Result<Self, DomainError> {
+    fn open(
+        file: OwnedFd,
+        map: SharedMap,
+        record: Record,
+        create: bool,
+        own: Vec<Box<dyn Device>>,
+    ) -> Result<Self, DomainError> {
         let peers = Arc::new(SlotPeers(map.area(layout::HEADER, SLOT_COUNT * layout::SLOT_SIZE)));
         let mut at = layout::DEVICES;
         let mut pagemaps = Vec::new();
         for (id, (spec, path)) in record.config.devices.iter().zip(&record.paths).enumerate() {
-            let counts = map.area(at, counts_len(spec));
-            let own = map.area(at + counts_len(spec), own_len(spec));
-            at += counts_len(spec) + own_len(spec);
-            let attach = Attach { area: own, path: path.clone(), peers: peers.clone(), create };
+            let counts = map.area(at, counts_len(spec.frames()));
+            let area = map.area(at + counts_len(spec.frames()), own_len(spec));
+            at += counts_len(spec.frames()) + own_len(spec);
+            let attach = Attach { area, path: path.clone(), peers: peers.clone(), create };
             let device = spec.attach(attach).map_err(|source| device_err(spec, source))?;
             pagemaps.push(Pagemap::register(id as u8, device, counts, create));
+        }
+        for device in own {
+            let counts = map.area(at, counts_len(device.frames()));
+            at += counts.len();
+            pagemaps.push(Pagemap::register(pagemaps.len() as u8, device, counts, create));
         }
         let w = map.area(layout::HEADER / 2, layout::HEADER / 2).atomics64();
         let w32 = map.area(layout::HEADER - 64, 64).atomics32();
@@ -316,9 +351,16 @@ impl Domain {
     }
 }
 
+impl Drop for Domain {
+    fn drop(&mut self) {
+        // Views of the segment are handed out by way of the domain only, and used while it lives.
+        self.map.unmap();
+    }
+}
+
 /// Bytes of a device's frame table in the segment; whole pages, so that its own area begins on one.
-fn counts_len(spec: &Spec) -> usize {
-    Pagemap::shared_len(spec.frames()).next_multiple_of(crate::PAGE_SIZE)
+fn counts_len(frames: u32) -> usize {
+    Pagemap::shared_len(frames).next_multiple_of(crate::PAGE_SIZE)
 }
 
 /// Bytes of a device's own area in the segment.

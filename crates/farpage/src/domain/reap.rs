@@ -55,7 +55,7 @@ impl Launcher {
                 _ => false,
             };
             if gone {
-                self.give_back(owner);
+                self.domain.give_back(owner, self.me);
                 n += 1;
             }
         }
@@ -145,10 +145,12 @@ impl Launcher {
             self.wait_change(Duration::from_millis(5));
         }
     }
+}
 
-    /// Puts every reference of a dead process, drops its entries, frees its slot.
-    fn give_back(&self, owner: Owner) {
-        let d = &self.domain;
+impl Domain {
+    /// Puts every reference of a dead process, drops its entries, frees its slot. `by`: the caller, who is alive.
+    pub(crate) fn give_back(&self, owner: Owner, by: Owner) {
+        let d = self;
         let slot = d.slot(owner);
         // One reaper a slot; Acquire: everything the dead process did comes before.
         let was = slot.state.load(Ordering::Acquire);
@@ -157,12 +159,13 @@ impl Launcher {
         }
         // Its memory has gone with it.
         slot.charge.store(0, Ordering::SeqCst);
+        slot.pinned.store(0, Ordering::SeqCst);
         // Before the slot can be another's: locks that the dead process held, changes that it left half done.
-        d.pagemaps.iter().for_each(|map| map.device.repair(self.me));
+        d.pagemaps.iter().for_each(|map| map.device.repair(by));
         let mut held = false;
         match d.map_window(owner) {
             Ok(window) => {
-                held = self.put_entries(owner, &window);
+                held = self.put_entries(owner, by, &window);
                 window.unmap();
             }
             Err(e) => eprintln!(
@@ -186,8 +189,8 @@ impl Launcher {
         d.changed();
     }
 
-    fn put_entries(&self, owner: Owner, window: &SharedMap) -> bool {
-        let d = &self.domain;
+    fn put_entries(&self, owner: Owner, by: Owner, window: &SharedMap) -> bool {
+        let d = self;
         // Frames whose count and entry the dead process was changing: known by their mark.
         let transit: Vec<Vec<Pfn>> = d.pagemaps.iter().map(|p| p.frames.in_transit(owner)).collect();
         let mut published = vec![Vec::new(); transit.len()];
@@ -204,14 +207,14 @@ impl Launcher {
         for (i, map) in d.pagemaps.iter().enumerate() {
             for &pfn in &transit[i] {
                 if map.frames.recover(pfn, owner, published[i].contains(&pfn)) {
-                    map.free(&[pfn], self.me);
+                    map.free(&[pfn], by);
                 }
             }
             for batch in held[i].chunks(256) {
                 // Without a mark of ours: nobody reaps us, and another dead process's mark on one of them is ours to
                 // clear, later.
-                let last: Vec<Pfn> = batch.iter().copied().filter(|&p| map.frames.put(p, self.me)).collect();
-                map.free(&last, self.me);
+                let last: Vec<Pfn> = batch.iter().copied().filter(|&p| map.frames.put(p, by)).collect();
+                map.free(&last, by);
             }
         }
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;

@@ -147,11 +147,14 @@ impl Follow {
 
     /// Handler `index` sleeps here while it is not needed. How long it may then listen before it asks again; for ever
     /// if `None`.
-    pub fn turn(&self, index: usize) -> Option<std::time::Duration> {
+    pub fn turn(&self, space: &Space, index: usize) -> Option<std::time::Duration> {
         if index == 0 {
             return None;
         }
         loop {
+            if space.stopping() {
+                return Some(std::time::Duration::ZERO);
+            }
             let active = self.active.load(Ordering::Relaxed);
             if index < active as usize {
                 return Some(std::time::Duration::from_millis(LAST_TICK_MS));
@@ -251,6 +254,12 @@ impl Follow {
         if worker != 0 {
             crate::sys::keep_off(worker, &cpus);
         }
+    }
+
+    /// Handlers that wait for their turn look whether they are to stop.
+    pub fn wake_all(&self) {
+        self.active.fetch_add(1, Ordering::Relaxed);
+        crate::sys::futex_wake(&self.active, i32::MAX);
     }
 
     /// The reclaim worker is the calling thread.

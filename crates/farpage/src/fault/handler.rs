@@ -11,8 +11,9 @@ use crate::sys::uffd::{self, MSG_BATCH, Msg};
 /// How often what was put aside is looked at again, should nobody ring.
 const AGAIN: Duration = Duration::from_millis(1);
 
-/// Reads messages and resolves faults until the process ends. `index`: which handler this is; 0 always listens.
-pub fn run(space: &'static Space, index: usize) -> ! {
+/// Reads messages and resolves faults until the space is told to stop ([`Space::stop`]). `index`: which handler this is; 0
+/// always listens.
+pub fn run(space: &Space, index: usize) {
     // Not by way of the world: its holder may be forking, and wait for us to read the announcement of that.
     let fd = space.descriptors()[0];
     space.faults.add_manager(crate::sys::gettid());
@@ -23,7 +24,7 @@ pub fn run(space: &'static Space, index: usize) -> ! {
     let mut idler = Idler::default();
     let (follow, mail) = (&space.faults.follow, &space.faults.mail);
     mail.wake(index);
-    loop {
+    while !space.stopping() {
         let alone = follow.is_alone();
         // Where there are several handlers, what another's thread waits for is left to him.
         let batch = if alone { MSG_BATCH } else { 1 };
@@ -53,8 +54,8 @@ pub fn run(space: &'static Space, index: usize) -> ! {
                 continue;
             }
             follow.nothing_to_do(space, index, &mut idler);
-            let turn = follow.turn(index);
-            uffd::wait(fd, if space.faults.waits() { Some(AGAIN) } else { turn });
+            let turn = follow.turn(space, index);
+            uffd::wait(fd, space.stop_fd(), if space.faults.waits() { Some(AGAIN) } else { turn });
             mail.wake(index);
             // What was put aside is looked at after each wait, whatever ended it.
             looked = true;

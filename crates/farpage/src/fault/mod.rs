@@ -6,8 +6,9 @@
 
 pub(crate) mod follow;
 pub mod handler;
+pub(crate) mod inline;
 pub(crate) mod mail;
-mod resolve;
+pub(crate) mod resolve;
 mod stream;
 
 use std::collections::VecDeque;

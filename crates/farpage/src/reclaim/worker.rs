@@ -41,8 +41,8 @@ impl Space {
     }
 }
 
-/// Runs the worker until the process ends. It also holds the process's life sign.
-pub fn run(space: &'static Space) -> ! {
+/// Runs the worker until the space is told to stop ([`Space::stop`]). It also holds the space's life sign.
+pub fn run(space: &Space) {
     let slot = space.slot();
     crate::sys::hold_for_life(&slot.life);
     // Release: who sees LIVE sees the life sign.
@@ -57,7 +57,7 @@ pub fn run(space: &'static Space) -> ! {
             space.faults.follow.tick(space);
         }
     };
-    loop {
+    while !space.stopping() {
         let seen = slot.work.load(Ordering::SeqCst);
         let mut busy = false;
         space.answer_audit();
@@ -81,7 +81,7 @@ pub fn run(space: &'static Space) -> ! {
 /// of ours held.
 fn step(space: &Space, hands: &mut Hands, refilling: &mut bool) -> bool {
     let world = space.world.read();
-    if space.page_out_next(&world, hands) {
+    if space.page_out_next(&world, hands) || space.next_job(&world, hands) {
         return true;
     }
     let marks = space.marks();

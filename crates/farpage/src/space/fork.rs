@@ -42,6 +42,7 @@ impl Space {
         if world.announces_forks {
             self.forks.store(1, Ordering::SeqCst);
         }
+        self.end_exclusives(&world);
         let theirs = Entries::new(&window);
         let slot = self.domain.slot(child);
         // Where no room could be made, this is above the budget, and is counted so.
@@ -113,6 +114,7 @@ impl Space {
     pub fn after_fork_in_parent(&self, forking: Forking) {
         let Forking { world, window, child, _signals } = forking;
         window.unmap();
+        self.pins.forked();
         // The announcement has been read and noted, or there would be no child.
         self.faults.caught_up();
         if self.forks.swap(0, Ordering::SeqCst) != 0 {
@@ -134,12 +136,13 @@ impl Space {
         self.domain.changed();
         // SAFETY: the window at this address is our page entries; from now on they are the child's, in whose window
         // the parent has written them.
-        unsafe { window.move_over(self.window) }.map_err(sys_err("take over the page entries"))?;
+        unsafe { window.move_over(self.window.addr()) }.map_err(sys_err("take over the page entries"))?;
         self.running.store(false, Ordering::Relaxed);
         // SAFETY: this is the only thread; other threads of the parent may have held these.
         unsafe {
             self.faults.renew();
             self.holds.reset();
+            self.jobs.renew();
             self.ahead.renew(VecDeque::new());
             self.outgoing.renew(VecDeque::new());
             self.flux.renew(super::behind::Flux::of_child());
@@ -155,8 +158,9 @@ impl Space {
             ranges.take(start, end);
         }
         // The parent's descriptors go, ours come.
-        *world = World::open(Ranges::default(), &self.slots)?;
+        *world = World::open(Ranges::default(), &self.slots, self.mode)?;
         world.ranges = ranges;
+        self.pins.reset(&world.ranges);
         register_all(&world)?;
         self.note_descriptors(&world);
         self.ring_bell_with(&world)?;

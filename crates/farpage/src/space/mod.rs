@@ -10,18 +10,23 @@
 //! A fault handler never waits for the world: it puts the fault aside and goes on reading messages, because the
 //! one who holds the world may be waiting for just such a message to be read.
 
+mod adopt;
 mod advice;
 mod audit;
 mod behind;
 pub(crate) mod bits;
+pub mod exclusive;
 pub mod fork;
 mod hold;
 pub mod ops;
 mod orphan;
+pub mod pin;
 pub(crate) mod puts;
 pub mod range;
 mod remap;
+mod running;
 pub mod slots;
+pub mod snapshot;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
@@ -29,6 +34,7 @@ use std::sync::{MutexGuard, OnceLock, PoisonError};
 
 pub use hold::Hold;
 use range::{Found, Ranges, flag};
+pub use running::Running;
 use slots::Slots;
 
 use crate::domain::entry::Entries;
@@ -37,7 +43,7 @@ use crate::fault::Faults;
 use crate::frame::Owner;
 use crate::reclaim::cost::MoveCost;
 use crate::sys::uffd::{Stop, Uffd, features};
-use crate::sys::{self, PageScan, RwLock};
+use crate::sys::{self, PageScan, RwLock, SharedMap, Stopper};
 use crate::{PAGE_SIZE, domain};
 
 /// Milliseconds until a granule that could not move is tried again.
@@ -61,6 +67,19 @@ pub struct World {
     pub scan: PageScan,
 }
 
+/// Who resolves the faults of a space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FaultMode {
+    /// The manager's handler threads, told by userfaultfd messages. System calls into pages that are away work.
+    Threaded,
+    /// The thread that faults, by a SIGBUS handler: about half the time of the above, and any process may do it. A system call
+    /// that meets a page that is away fails with EFAULT: pin what it is given.
+    Inline,
+}
+
+/// Starts handler number so-and-so; false: it cannot.
+type Starter = Box<dyn Fn(usize) -> bool + Send + Sync>;
+
 /// The manager of one process's address space.
 pub struct Space {
     /// The domain it belongs to.
@@ -68,7 +87,7 @@ pub struct Space {
     me: AtomicU32,
     /// Its page entries.
     pub entries: Entries,
-    window: usize,
+    window: SharedMap,
     /// See the module's text.
     pub world: RwLock<World>,
     /// Staging slots and free frames.
@@ -86,8 +105,12 @@ pub struct Space {
     /// Not set in a child that nobody prepared: there all this is the parent's.
     mark: sys::ForkMark,
     running: AtomicBool,
+    /// Tells the manager's threads to end.
+    pub(crate) stop: Stopper,
+    /// How faults are resolved.
+    mode: FaultMode,
     /// Starts one more handler thread; who has the manager's threads provides it.
-    starter: OnceLock<fn(usize) -> bool>,
+    starter: OnceLock<Starter>,
     /// Frames are used up fast: the worker is to keep a stock.
     pub(crate) stock_wanted: AtomicBool,
     /// More is staged than need be: the worker is to settle it.
@@ -114,6 +137,12 @@ pub struct Space {
     flux: sys::Mutex<behind::Flux>,
     /// See [`hold`].
     holds: hold::Holds,
+    /// See [`pin`].
+    pins: pin::Pins,
+    /// See [`exclusive`].
+    exclusives: exclusive::Exclusives,
+    /// What manager threads are asked to do: see [`crate::migrate`].
+    pub(crate) jobs: crate::migrate::Jobs,
     /// No device takes a page any more; cleared when frames become free.
     pub(crate) full: AtomicBool,
     pub(crate) said_full: AtomicBool,
@@ -132,17 +161,25 @@ impl Space {
     /// # Errors
     /// [`DomainError`]: no slot, no userfaultfd, no memory for the tables.
     pub fn new(domain: Domain) -> Result<Self, DomainError> {
+        Self::with_mode(domain, FaultMode::Threaded)
+    }
+
+    /// As [`Space::new`]; faults are resolved as `mode` says.
+    ///
+    /// # Errors
+    /// As [`Space::new`].
+    pub fn with_mode(domain: Domain, mode: FaultMode) -> Result<Self, DomainError> {
         let me = domain.take_slot(std::process::id())?;
         let window = domain.map_window(me)?;
         let budget = domain.budget() as usize;
         // Enough slots that a sixteenth of the budget can be staged even if a granule has only 8 pages in DRAM.
         let slots = Slots::new((budget / 16 / 8).clamp(16, 8192))
             .map_err(domain::sys_err("reserve staging slots"))?;
-        let world = World::open(Ranges::default(), &slots)?;
+        let world = World::open(Ranges::default(), &slots, mode)?;
         let space = Self {
             me: AtomicU32::new(u32::from(me)),
             entries: Entries::new(&window),
-            window: window.addr(),
+            window,
             world: RwLock::new(world),
             slots,
             queue: std::sync::Mutex::new(VecDeque::new()),
@@ -152,6 +189,8 @@ impl Space {
             mark: sys::ForkMark::new().map_err(domain::sys_err("map a page"))?,
             descriptors: [const { AtomicI32::new(-1) }; 4],
             running: AtomicBool::new(false),
+            stop: Stopper::default(),
+            mode,
             starter: OnceLock::new(),
             stock_wanted: AtomicBool::new(false),
             settle_wanted: AtomicBool::new(false),
@@ -166,12 +205,17 @@ impl Space {
             leaving: AtomicU32::new(0),
             flux: sys::Mutex::new(behind::Flux::default()),
             holds: hold::Holds::new(),
+            pins: pin::Pins::default(),
+            exclusives: exclusive::Exclusives::default(),
+            jobs: crate::migrate::Jobs::default(),
             full: AtomicBool::new(false),
             said_full: AtomicBool::new(false),
             stuck_until: AtomicU64::new(0),
             domain,
         };
-        space.ring_bell_with(&space.world.read())?;
+        if mode == FaultMode::Threaded {
+            space.ring_bell_with(&space.world.read())?;
+        }
         space.note_descriptors(&space.world.read());
         Ok(space)
     }
@@ -211,9 +255,41 @@ impl Space {
 
     /// The manager's threads are there: from now on faults are answered. `starter` starts handler number so-and-so, on a
     /// manager thread; false: it cannot.
-    pub fn set_running(&self, starter: fn(usize) -> bool) {
-        let _the_same = self.starter.set(starter);
+    pub fn set_running(&self, starter: impl Fn(usize) -> bool + Send + Sync + 'static) {
+        let _the_same = self.starter.set(Box::new(starter));
         self.running.store(true, Ordering::Release);
+    }
+
+    /// How faults are resolved.
+    pub fn mode(&self) -> FaultMode {
+        self.mode
+    }
+
+    /// The manager's threads end as soon as they have done what they are at. From then on faults are not answered.
+    pub fn stop(&self) {
+        self.stop.pull();
+        self.faults.follow.wake_all();
+        self.wake_worker();
+    }
+
+    /// Whether [`Space::stop`] was called.
+    pub(crate) fn stopping(&self) -> bool {
+        self.stop.is_pulled()
+    }
+
+    /// Can be read once [`Space::stop`] was called.
+    pub(crate) fn stop_fd(&self) -> i32 {
+        self.stop.fd()
+    }
+
+    /// Whether the manager's threads are there.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.load(Ordering::Acquire)
+    }
+
+    /// The world, to look at it.
+    pub(crate) fn read_world(&self) -> sys::Read<'_, World> {
+        self.world.read()
     }
 
     pub(crate) fn start_handler(&self, index: usize) -> bool {
@@ -223,7 +299,7 @@ impl Space {
     /// Whether an address is in the manager's tables or slots.
     pub fn is_own(&self, addr: usize) -> bool {
         let (slots, len) = self.slots.area();
-        addr.wrapping_sub(self.window) < WINDOW
+        addr.wrapping_sub(self.window.addr()) < WINDOW
             || addr.wrapping_sub(slots.saturating_sub(range::GRANULE)) < len + 2 * range::GRANULE
             || self.domain.maps(addr)
     }
@@ -313,21 +389,28 @@ impl Space {
 }
 
 impl World {
-    fn open(ranges: Ranges, slots: &Slots) -> Result<Self, DomainError> {
+    fn open(ranges: Ranges, slots: &Slots, mode: FaultMode) -> Result<Self, DomainError> {
         use domain::sys_err;
-        let base = features::EVENT_REMAP | features::EVENT_REMOVE | features::EVENT_UNMAP;
-        let base = base | features::THREAD_ID | features::POISON | features::MOVE;
-        // Without CAP_SYS_PTRACE a fork is not announced; forks through the C library are handled all the same.
-        let (uffd, announces_forks) = match Uffd::open(base | features::EVENT_FORK) {
-            Ok(uffd) => (Ok(uffd), true),
-            Err(_) => (Uffd::open(base), false),
+        let (uffd, announces_forks) = match mode {
+            FaultMode::Threaded => Self::open_for_messages(),
+            FaultMode::Inline => (Uffd::open_for_sigbus(features::POISON | features::MOVE), false),
         };
         let uffd = uffd.map_err(sys_err("open userfaultfd (see `farpage doctor`)"))?;
-        let slot_uffd = Uffd::open(features::SIGBUS | features::MOVE).map_err(sys_err("open userfaultfd"))?;
+        let slot_uffd = Uffd::open_for_sigbus(features::MOVE).map_err(sys_err("open userfaultfd"))?;
         let (start, len) = slots.area();
         slot_uffd.register(start, len).map_err(sys_err("register the staging slots"))?;
         let scan = PageScan::open().map_err(sys_err("open the page map"))?;
         Ok(Self { ranges, uffd, announces_forks, slot_uffd, scan })
+    }
+
+    fn open_for_messages() -> (rustix::io::Result<Uffd>, bool) {
+        let base = features::EVENT_REMAP | features::EVENT_REMOVE | features::EVENT_UNMAP;
+        let base = base | features::THREAD_ID | features::POISON | features::MOVE;
+        // Without CAP_SYS_PTRACE a fork is not announced; forks through the C library are handled all the same.
+        match Uffd::open(base | features::EVENT_FORK) {
+            Ok(uffd) => (Ok(uffd), true),
+            Err(_) => (Uffd::open(base), false),
+        }
     }
 
     /// Registers `[start, end)`. In a forked child the parent's handler may be just about to let go of it (EBUSY until then).
@@ -388,6 +471,13 @@ impl World {
     /// Counts the pages of `[start, end)` that are in DRAM; all of them if that cannot be found out.
     pub(crate) fn resident(&self, start: usize, end: usize) -> u64 {
         self.scan.count(start, end).unwrap_or(((end - start) / PAGE_SIZE) as u64)
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        // Nobody else has the space any more, so no view of the entries is left.
+        self.window.unmap();
     }
 }
 

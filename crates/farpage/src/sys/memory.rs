@@ -42,6 +42,30 @@ pub fn read_fault(start: usize, len: usize) {
     let _tried = unsafe { rustix::mm::madvise(start as *mut _, len, Advice::LinuxPopulateRead) };
 }
 
+/// Faults pages in, to be read or to be written, without changing a byte.
+///
+/// # Errors
+/// Not mapped, or not allowed: some page could not be had.
+pub fn populate(start: usize, len: usize, write: bool) -> Result<(), Errno> {
+    let advice = if write { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
+    // SAFETY: populating changes no byte.
+    unsafe { rustix::mm::madvise(start as *mut _, len, advice) }
+}
+
+/// Asks the kernel to make huge pages of `[start, start + len)` now (`MADV_COLLAPSE`).
+///
+/// # Errors
+/// As the kernel's: no huge page, something is pinned or absent, not supported.
+pub fn collapse(start: usize, len: usize) -> Result<(), Errno> {
+    const MADV_COLLAPSE: libc::c_int = 25;
+    // SAFETY: the pages' bytes and addresses stay as they are.
+    let r = unsafe { libc::madvise(start as *mut _, len, MADV_COLLAPSE) };
+    if r == 0 {
+        return Ok(());
+    }
+    Err(Errno::from_raw_os_error(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)))
+}
+
 /// Where the calling thread's stack is just now.
 #[inline(never)]
 pub fn stack_pointer() -> usize {
@@ -61,6 +85,48 @@ pub fn private_page() -> Result<usize, Errno> {
         )?
     };
     Ok(p as usize)
+}
+
+/// Fresh private memory of `len` bytes, where the kernel likes; nothing is reserved.
+pub fn map_anonymous(len: usize) -> Result<usize, Errno> {
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: the kernel chooses the address.
+    let p = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, prot, flags)? };
+    Ok(p as usize)
+}
+
+/// Unmaps what the caller owns.
+pub fn unmap(start: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: the caller's memory, which he gives up.
+    unsafe { rustix::mm::munmap(start as *mut _, len) }
+}
+
+/// `mremap` of what the caller owns; it may move, or goes to `to`.
+pub fn remap(from: usize, len: usize, new_len: usize, to: Option<usize>) -> Result<usize, Errno> {
+    use rustix::mm::MremapFlags;
+    // SAFETY: the caller's memory, whose old address he gives up; what is at `to` he gives up as well.
+    let p = unsafe {
+        match to {
+            None => rustix::mm::mremap(from as *mut _, len, new_len, MremapFlags::MAYMOVE)?,
+            Some(to) => {
+                rustix::mm::mremap_fixed(from as *mut _, len, new_len, MremapFlags::MAYMOVE, to as *mut _)?
+            }
+        }
+    };
+    Ok(p as usize)
+}
+
+/// A forked child gets nothing of this range.
+pub fn keep_from_children(start: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: changes nothing in this process.
+    unsafe { rustix::mm::madvise(start as *mut _, len, Advice::LinuxDontFork) }
+}
+
+/// The opposite of [`keep_from_children`].
+pub fn leave_to_children(start: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: changes nothing in this process.
+    unsafe { rustix::mm::madvise(start as *mut _, len, Advice::LinuxDoFork) }
 }
 
 /// A mark that a forked child finds cleared, however it was forked.

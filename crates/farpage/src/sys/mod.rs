@@ -6,6 +6,7 @@
 mod futex;
 mod lock;
 pub mod lz4;
+mod mappings;
 mod memory;
 mod mutex;
 mod pagemap_scan;
@@ -14,18 +15,22 @@ mod process;
 mod ring;
 mod rwlock;
 mod shared;
+mod sigbus;
 mod slots;
 mod steady;
+mod stop;
 pub mod uffd;
 
 pub use futex::{futex_wait, futex_wait_any, futex_wake};
 pub use lock::{Locked, Peers, RobustLock};
+pub use mappings::{Mapping, Mappings};
 pub use memory::{
-    ForkMark, drop_page, drop_pages, mappings_in, prefetch, private_page, read_fault, reserve, stack_pointer,
+    ForkMark, collapse, drop_page, drop_pages, keep_from_children, leave_to_children, map_anonymous,
+    mappings_in, populate, prefetch, private_page, read_fault, remap, reserve, stack_pointer, unmap,
     write_fault,
 };
 pub use mutex::{Mutex, MutexGuard};
-pub use pagemap_scan::PageScan;
+pub use pagemap_scan::{Kind, PageScan};
 pub use process::{
     BlockedSignals, bind, cpu_of, fatal, gettid, hold_for_life, keep_off, keep_only, run_delay_ns, say,
     set_idle_policy,
@@ -33,8 +38,10 @@ pub use process::{
 pub use ring::{Ring, Transfer};
 pub use rwlock::{Read, RwLock, Write};
 pub use shared::{Buffer, SharedArea, SharedMap};
+pub use sigbus::on_sigbus;
 pub use slots::{Slots, Taken};
 pub use steady::SteadyFile;
+pub use stop::Stopper;
 
 /// Milliseconds of a clock that only goes forward.
 pub fn now_ms() -> u64 {

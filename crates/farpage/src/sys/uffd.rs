@@ -68,6 +68,9 @@ const UFFDIO_POISON: u64 = iowr(0x08, size_of::<Poison>());
 /// On `/dev/userfaultfd`.
 const USERFAULTFD_IOC_NEW: u64 = 0xAA00;
 
+/// `UFFD_USER_MODE_ONLY`.
+const USER_MODE_ONLY: libc::c_int = 1;
+
 /// Of COPY and MOVE: wake nobody. We always wake with [`wake`], after our locks are released: a handler of
 /// low priority is preempted by the thread it wakes.
 const DONTWAKE: u64 = 1 << 0;
@@ -164,20 +167,37 @@ impl Uffd {
     /// The errno of the last attempt: EPERM/EACCES (no permission), ENOSYS (not built in), EINVAL (a
     /// feature is missing).
     pub fn open(features: u64) -> rustix::io::Result<Self> {
-        let fd = match Self::from_syscall() {
+        Self::with_api(Self::any_mode()?, features)
+    }
+
+    /// As [`Self::open`], for faults of user mode only where no more is permitted: any process may have that. For those who
+    /// resolve faults by SIGBUS, where a system call that meets an absent page fails anyway.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_for_sigbus(features: u64) -> rustix::io::Result<Self> {
+        let fd = match Self::any_mode() {
             Ok(fd) => fd,
-            Err(e) => Self::from_device().map_err(|_| e)?,
+            Err(_) => Self::from_syscall(USER_MODE_ONLY)?,
         };
+        Self::with_api(fd, features | self::features::SIGBUS)
+    }
+
+    fn any_mode() -> rustix::io::Result<OwnedFd> {
+        Self::from_syscall(0).or_else(|e| Self::from_device().map_err(|_| e))
+    }
+
+    fn with_api(fd: OwnedFd, features: u64) -> rustix::io::Result<Self> {
         let mut api = Api { api: 0xAA, features, ioctls: 0 };
         // SAFETY: the structure is the one this ioctl takes and lives across the call.
         unsafe { ioctl(fd.as_raw_fd(), UFFDIO_API, &mut api)? };
         Ok(Self { fd })
     }
 
-    fn from_syscall() -> rustix::io::Result<OwnedFd> {
+    fn from_syscall(flags: libc::c_int) -> rustix::io::Result<OwnedFd> {
         // SAFETY: userfaultfd takes flags only and returns a new descriptor that nobody else owns.
         unsafe {
-            let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK);
+            let fd = libc::syscall(libc::SYS_userfaultfd, flags | libc::O_CLOEXEC | libc::O_NONBLOCK);
             if fd < 0 { Err(last_errno()) } else { Ok(OwnedFd::from_raw_fd(fd as RawFd)) }
         }
     }
@@ -270,12 +290,13 @@ pub fn wake(fd: RawFd, start: usize, len: usize) {
     let _gone = unsafe { ioctl(fd, UFFDIO_WAKE, &mut range(start, len)) };
 }
 
-/// Waits until there is a message, at most `timeout` (for ever without one).
-pub fn wait(fd: RawFd, timeout: Option<std::time::Duration>) {
-    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+/// Waits until there is a message, or `stop` (a descriptor; negative: none) can be read, at most `timeout` (for ever without one).
+pub fn wait(fd: RawFd, stop: RawFd, timeout: Option<std::time::Duration>) {
+    let mut poll = [fd, stop].map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
     let ms = timeout.map_or(-1, |t| t.as_millis() as libc::c_int);
-    // SAFETY: one structure, which lives across the call. Every outcome means to the caller: go and read.
-    let _outcome = unsafe { libc::poll(&raw mut poll, 1, ms) };
+    // SAFETY: two structures, which live across the call; a negative descriptor is passed over. Every outcome means to the
+    // caller: go and read.
+    let _outcome = unsafe { libc::poll(poll.as_mut_ptr(), 2, ms) };
 }
 
 /// Reads messages into `out`, at most [`MSG_BATCH`], and returns how many; EAGAIN: there are none.
