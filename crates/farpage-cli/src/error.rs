@@ -46,6 +46,9 @@ pub enum CliError {
     /// The program cannot be run or not be managed.
     #[error(transparent)]
     Program(#[from] ProgramError),
+    /// There is nothing to check.
+    #[error(transparent)]
+    Check(#[from] crate::check::CheckError),
     /// A file that the command line names cannot be written.
     #[error("cannot write {}: {source}: name a file that can be written", path.display())]
     Output {

@@ -15,6 +15,7 @@ pub(crate) use skipped;
 mod access;
 mod bench;
 mod budget;
+mod check;
 mod demo;
 mod doctor;
 mod error;
@@ -44,6 +45,8 @@ struct Cli {
 enum Command {
     /// Runs a program with at most so much DRAM.
     Run(run::Args),
+    /// Compares all reference counts of a running program with the references that can be found.
+    Check(check::Args),
     /// Shows what this machine offers and lacks, with the remedies.
     Doctor(doctor::Args),
     /// Shows a program that needs four times its DRAM at work, and checks its result.
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::try_parse() {
         Ok(cli) => match cli.command {
             Command::Run(args) => run::run(args),
+            Command::Check(args) => check::run(args),
             Command::Doctor(args) => doctor::run(args),
             Command::Demo(args) => demo::run(args),
             Command::Bench(args) => bench::run(args),

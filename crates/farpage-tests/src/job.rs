@@ -42,6 +42,9 @@ impl From<TestError> for String {
     }
 }
 
+/// How often every run under farpage is audited, in milliseconds.
+const AUDIT_MS: &str = "100";
+
 /// A command and how to run it under farpage.
 #[derive(Debug, Clone)]
 pub struct Job {
@@ -130,7 +133,7 @@ impl Job {
         let stats =
             tempfile::NamedTempFile::new().map_err(|e| TestError::Os("a temporary file".to_owned(), e))?;
         let mut command = Command::new(farpage().map_err(TestError::Wrong)?);
-        command.args(["run", "--dram", &self.dram]);
+        command.args(["run", "--audit", AUDIT_MS, "--dram", &self.dram]);
         if self.devices.is_empty() {
             command.args(["--device", "ram:512M"]);
         }

@@ -28,6 +28,15 @@ pub struct Stats {
     pub over_budget: u64,
     pub leaked_frames: u64,
     pub reaped: u64,
+    /// Audits that were made; 0 without `--audit`.
+    #[serde(default)]
+    pub audits: u64,
+    /// What they found wrong.
+    #[serde(default)]
+    pub audit_differences: u64,
+    /// The most frames in use that one of them saw.
+    #[serde(default)]
+    pub audit_frames: u64,
     pub devices: Vec<serde_json::Value>,
 }
 
@@ -40,7 +49,7 @@ impl Stats {
     }
 }
 
-/// What must hold of a run's stats. Leaked frames must always be 0.
+/// What must hold of a run's stats. Leaked frames must always be 0, and every audit find nothing.
 #[derive(Debug, Clone, Copy)]
 pub struct Expect {
     /// Pages went out, and pages came back (from a device or from staging).
@@ -64,6 +73,12 @@ impl Expect {
         let mut wrong = Vec::new();
         if stats.leaked_frames != 0 {
             wrong.push("frames leaked");
+        }
+        if stats.audits == 0 {
+            wrong.push("no audit was made");
+        }
+        if stats.audit_differences != 0 {
+            wrong.push("counts or charges differ from what is there (see `farpage: audit:` on stderr)");
         }
         if self.paging && stats.pages_out == 0 {
             wrong.push("no page went out");

@@ -31,6 +31,9 @@ pub mod space;
 #[cfg(not(loom))]
 pub mod sys;
 
+#[cfg(all(test, shuttle))]
+mod models;
+
 #[cfg(not(loom))]
 pub use domain::{BuildError, Builder, Domain};
 #[cfg(not(loom))]

@@ -12,9 +12,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions, getpid, wait};
 
+use super::auditor::Auditor;
 use super::library::Library;
 use super::{DOMAIN_VARIABLE, Job, report, tree};
-use crate::error::{CliError, system};
+use crate::error::{CliError, EXIT_OWN, system};
 use crate::plainrefs::{self, Installer};
 use crate::program::ProgramError;
 use crate::say;
@@ -35,10 +36,15 @@ pub fn run(job: Job, signals: &Signals, front: Pid, front_fd: &OwnedFd) -> Resul
     let installer = plainrefs::watch(launcher.clone(), job.config.verbose)
         .map_err(system("starting the watch over system calls failed"))?;
     let program = start(&job, &library, &launcher, signals, installer)?;
-    keep_house(launcher.clone())?;
+    let auditor = job.audit.map(|every| Auditor::start(launcher.clone(), every)).transpose()?;
+    keep_house(launcher.clone(), auditor.clone())?;
 
-    let status = Tree { program, signals, front, front_fd, launcher: &launcher }.wait()?;
-    finish(job, &launcher.finish());
+    let auditor = auditor.as_deref();
+    let status = Tree { program, signals, front, front_fd, launcher: &launcher, auditor }.wait()?;
+    finish(job, &launcher.finish(), auditor);
+    if auditor.is_some_and(|a| a.differences() > 0) {
+        return Ok(EXIT_OWN);
+    }
     match (status.code(), status.signal()) {
         (Some(code), _) => Ok(code as u8),
         (None, signal) => die_of(signal.unwrap_or(libc::SIGKILL)),
@@ -80,10 +86,13 @@ fn exec_error(path: &std::path::Path, source: io::Error) -> ProgramError {
 
 /// Gives back what dead processes held, also those whose death this process is not told of (a process that
 /// has a living parent in the tree). Runs until the keeper exits.
-fn keep_house(launcher: Arc<Launcher>) -> Result<(), CliError> {
+fn keep_house(launcher: Arc<Launcher>, auditor: Option<Arc<Auditor>>) -> Result<(), CliError> {
     let work = move || {
         loop {
             launcher.wait_change(HOUSEKEEPING);
+            if let Some(auditor) = &auditor {
+                auditor.before_reaping();
+            }
             launcher.reap();
         }
     };
@@ -98,6 +107,7 @@ struct Tree<'a> {
     front: Pid,
     front_fd: &'a OwnedFd,
     launcher: &'a Launcher,
+    auditor: Option<&'a Auditor>,
 }
 
 impl Tree<'_> {
@@ -153,6 +163,9 @@ impl Tree<'_> {
             }
         };
         if died {
+            if let Some(auditor) = self.auditor {
+                auditor.before_reaping();
+            }
             self.launcher.reap();
         }
         Ok(ended)
@@ -171,11 +184,14 @@ impl Tree<'_> {
 }
 
 /// Writes the statistics that were asked for, and what the user has to know in any case.
-fn finish(mut job: Job, stats: &Stats) {
-    let value = match serde_json::to_value(stats) {
+fn finish(mut job: Job, stats: &Stats, auditor: Option<&Auditor>) {
+    let mut value = match serde_json::to_value(stats) {
         Ok(value) => value,
         Err(e) => return say(&format!("the statistics cannot be written: {e}")),
     };
+    if let Some(auditor) = auditor {
+        auditor.finish(&mut value);
+    }
     for warning in report::warnings(&value) {
         say(&warning);
     }

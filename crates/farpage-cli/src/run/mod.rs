@@ -10,15 +10,17 @@
 //!
 //! If the front is killed, the keeper ends the tree; if the keeper is killed, the front does. So nothing stays behind.
 
+mod auditor;
 mod front;
 mod keeper;
 pub mod library;
 mod report;
-mod tree;
+pub mod tree;
 
 use std::ffi::OsString;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use farpage::device::spec::Spec;
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
@@ -57,6 +59,10 @@ pub struct Args {
     /// When DRAM and all devices are full, new mappings fail with ENOMEM instead of exceeding the DRAM budget.
     #[arg(long)]
     strict: bool,
+    /// Audits the reference counts every so many milliseconds, before a dead process's references are given back, and at
+    /// the end; a difference makes the exit status 125.
+    #[arg(long, value_name = "MS", hide = true)]
+    audit: Option<u64>,
     /// Says what is decided, on standard error.
     #[arg(long, short)]
     verbose: bool,
@@ -76,6 +82,7 @@ struct Job {
     command: Vec<OsString>,
     stats: bool,
     stats_json: Option<File>,
+    audit: Option<Duration>,
 }
 
 /// Runs the program; gives its exit status, or ends this process by the signal that ended the program.
@@ -140,7 +147,8 @@ fn prepare(args: Args) -> Result<Job, CliError> {
         max_pinned: None,
         devices: plan.devices,
     };
-    Ok(Job { config, program, command: args.command, stats: args.stats, stats_json })
+    let audit = args.audit.map(Duration::from_millis);
+    Ok(Job { config, program, command: args.command, stats: args.stats, stats_json, audit })
 }
 
 fn default_devices(verbose: bool) -> Vec<Spec> {

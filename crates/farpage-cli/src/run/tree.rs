@@ -7,12 +7,16 @@ use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, wait};
 
 /// The children of this process, zombies included.
 pub fn children() -> Vec<Pid> {
-    let own = getpid();
+    children_of(getpid())
+}
+
+/// The children of a process, zombies included.
+pub fn children_of(process: Pid) -> Vec<Pid> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     entries
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok().and_then(Pid::from_raw))
-        .filter(|pid| parent(*pid) == Some(own))
+        .filter(|pid| parent(*pid) == Some(process))
         .collect()
 }
 

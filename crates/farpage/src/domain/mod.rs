@@ -1,5 +1,6 @@
 //! A domain: a process tree that shares a DRAM budget and devices, and the segment that holds its state.
 
+mod audit;
 mod budget;
 mod builder;
 pub mod entry;
@@ -7,6 +8,7 @@ mod layout;
 mod reap;
 mod slot;
 mod stats;
+mod walk;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -14,6 +16,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 
+pub(crate) use audit::UNCERTAIN;
+pub use audit::{Audit, ChargeDifference, Difference, Holding};
 pub use builder::{BuildError, Builder};
 pub use layout::{ADDRESS_LIMIT, SLOT_COUNT, WINDOW};
 pub use reap::Launcher;

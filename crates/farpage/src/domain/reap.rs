@@ -3,12 +3,11 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::FallocateFlags;
 
-use super::entry::{Entries, Entry};
 use super::layout::{self, WINDOW};
 use super::slot::state;
-use super::{Config, Counter, Domain, DomainError, Stats};
+use super::{Audit, Config, Counter, Domain, DomainError, Stats};
 use crate::frame::{Owner, Pfn};
 use crate::sys::SharedMap;
 
@@ -123,6 +122,14 @@ impl Launcher {
         self.domain.stats()
     }
 
+    /// See [`Domain::audit`] and, without `charges`, [`Domain::audit_frames`].
+    ///
+    /// # Errors
+    /// As those.
+    pub fn audit(&self, charges: bool) -> Result<Audit, DomainError> {
+        if charges { self.domain.audit() } else { self.domain.audit_frames() }
+    }
+
     /// After the tree has ended: gives everything back and counts the frames that still have references.
     pub fn finish(&self) -> Stats {
         let deadline = Instant::now() + Duration::from_secs(2);
@@ -184,32 +191,18 @@ impl Domain {
 
     fn put_entries(&self, owner: Owner, by: Owner, window: &SharedMap) -> bool {
         let d = self;
-        let entries = Entries::new(window);
         // Frames whose count and entry the dead process was changing: known by their mark.
         let transit: Vec<Vec<Pfn>> = d.pagemaps.iter().map(|p| p.frames.in_transit(owner)).collect();
         let mut published = vec![Vec::new(); transit.len()];
         let mut held: Vec<Vec<Pfn>> = vec![Vec::new(); transit.len()];
-        let base = layout::window_offset(owner);
-        let end = base + WINDOW as u64;
-        let mut at = base;
-        // Only the parts of the window that were ever written.
-        while let Ok(data) = rustix::fs::seek(&d.file, SeekFrom::Data(at)) {
-            if data >= end {
-                break;
-            }
-            let hole = rustix::fs::seek(&d.file, SeekFrom::Hole(data)).unwrap_or(end).min(end);
-            let words = &entries.raw()[(data - base) as usize / 8..(hole - base) as usize / 8];
-            for w in words {
-                let e = Entry::decode(w.load(Ordering::Acquire));
-                if let Some((dev, pfn)) = e.frame() {
-                    if transit[dev as usize].contains(&pfn) {
-                        published[dev as usize].push(pfn);
-                    }
-                    held[dev as usize].push(pfn);
+        d.each_entry(owner, window, |e| {
+            if let Some((dev, pfn)) = e.frame() {
+                if transit[dev as usize].contains(&pfn) {
+                    published[dev as usize].push(pfn);
                 }
+                held[dev as usize].push(pfn);
             }
-            at = hole;
-        }
+        });
         let any = held.iter().any(|h| !h.is_empty());
         for (i, map) in d.pagemaps.iter().enumerate() {
             for &pfn in &transit[i] {
@@ -226,7 +219,7 @@ impl Domain {
             map.put_holds(owner, by);
         }
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        if let Err(e) = rustix::fs::fallocate(&d.file, hole, base, WINDOW as u64) {
+        if let Err(e) = rustix::fs::fallocate(&d.file, hole, layout::window_offset(owner), WINDOW as u64) {
             eprintln!("farpage: cannot drop the page entries of an ended process: {e}");
         }
         any

@@ -71,6 +71,12 @@ pub struct Slot {
     _line: [AtomicU64; 2],
     /// See [`Counter`].
     pub counters: [AtomicU64; COUNTERS],
+    /// Bumped by an audit that wants the process to compare its charge with what is there.
+    pub audit_asked: AtomicU32,
+    /// As of which question the answer is.
+    pub audit_answered: AtomicU32,
+    /// The answer: pages charged in the upper half, pages found in the lower.
+    pub audit_answer: AtomicU64,
 }
 
 const _: () = assert!(size_of::<Slot>() <= SLOT_SIZE);

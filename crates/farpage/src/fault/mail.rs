@@ -8,7 +8,7 @@
 //! said that he goes to sleep; so no fault is left behind. A handler that has nothing to do takes others' mail, too: its
 //! owner may be waiting for a device, or for a CPU.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sys::point::{AtomicBool, AtomicU64, Ordering};
 
 use super::follow::HANDLERS;
 use crate::PAGE_SIZE;
@@ -73,7 +73,7 @@ impl Mail {
             if let Some(fault) = self.take(me) {
                 return Some(fault);
             }
-            std::hint::spin_loop();
+            crate::sys::point::spin();
         }
         None
     }
@@ -94,7 +94,7 @@ impl Mail {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicUsize;

@@ -10,10 +10,11 @@ use crate::device::{DeviceError, LoadOp};
 use crate::domain::Counter;
 use crate::domain::entry::Entry;
 use crate::reclaim::{Frames, Hands};
+use crate::space::bits::{mask, runs};
 use crate::space::ops::window;
 use crate::space::puts::Puts;
 use crate::space::range::{Found, GRANULE, GRANULE_PAGES, Range, Stretch, flag};
-use crate::space::{Space, World, slots};
+use crate::space::{Space, World};
 use crate::sys::uffd::Stop;
 /// What became of a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -191,12 +192,12 @@ impl Space {
         let base = found.start / GRANULE * GRANULE;
         let i = (addr - base) / PAGE_SIZE;
         let staged = self.slots.staged(slot);
-        let (first, len) = slots::runs(staged).find(|&(f, l)| f <= i && i < f + l)?;
+        let (first, len) = runs(staged).find(|&(f, l)| f <= i && i < f + l)?;
         let src = self.slots.addr(slot, first);
         let dst = base + first * PAGE_SIZE;
         let (done, stop) = world.move_pages(&world.uffd, dst, src, len * PAGE_SIZE, false);
         let done = done / PAGE_SIZE;
-        let mut back = slots::mask(first, done);
+        let mut back = mask(first, done);
         let mut outcome = Outcome::Wake;
         if first + done <= i {
             match stop {
@@ -206,8 +207,8 @@ impl Space {
                     // MOVE does not take this mapping (read-only, locked), or the page is shared since a fork.
                     let src = self.slots.addr(slot, i);
                     if world.uffd.copy(addr, src, PAGE_SIZE).0 == PAGE_SIZE {
-                        self.forget_frames(slot, slots::mask(i, 1));
-                        back |= slots::mask(i, 1);
+                        self.forget_frames(slot, mask(i, 1));
+                        back |= mask(i, 1);
                     }
                 }
             }

@@ -61,9 +61,11 @@ use std::time::Duration;
 mod batch;
 pub mod ledger;
 pub mod live;
+mod look;
 pub mod platform;
 
 pub use batch::BATCH;
+pub use look::Look;
 use platform::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// A frame's number on its device.
@@ -250,6 +252,7 @@ impl FrameTable {
     }
 
     fn update(&self, pfn: Pfn, f: impl Fn(u32) -> Result<u32, GetError>) -> Result<(), GetError> {
+        platform::point();
         self.update_from(pfn, self.word(pfn).load(Ordering::Relaxed), f)
     }
 
@@ -273,6 +276,7 @@ impl FrameTable {
 
     /// Ends a transfer: the entry and the count agree again.
     pub fn settle(&self, pfn: Pfn) {
+        platform::point();
         self.word(pfn).fetch_and(COUNT_MASK | FROZEN, Ordering::Release);
     }
 
@@ -316,6 +320,7 @@ impl FrameTable {
     }
 
     fn drop_ref(&self, pfn: Pfn, mut w: u32, owner: Owner, in_transit: bool) -> bool {
+        platform::point();
         let word = self.word(pfn);
         loop {
             assert!(count(w) > 0, "put of free frame {pfn}");
@@ -347,6 +352,7 @@ impl FrameTable {
     /// The frame's storage is handed back: the word becomes 0, the frame is free, waiters are woken.
     pub fn release(&self, pfn: Pfn) {
         self.check_release(pfn);
+        platform::point();
         // Release pairs with the Acquire of the next `claim`.
         self.word(pfn).store(0, Ordering::Release);
         self.hints[pfn as usize / 64].fetch_and(!(1 << (pfn % 64)), Ordering::Release);

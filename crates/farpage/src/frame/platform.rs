@@ -2,6 +2,8 @@
 //! decides who runs next at each of them, and any of them can be the last thing that a process does ([`crash`]).
 
 #[cfg(not(loom))]
+pub use crate::sys::point::point;
+#[cfg(not(loom))]
 pub use crate::sys::{futex_wait, futex_wake, yield_now};
 #[cfg(not(loom))]
 pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
@@ -19,6 +21,9 @@ mod modelled {
     use loom::sync::{Condvar, Mutex};
 
     pub use loom::thread::yield_now;
+
+    /// Loom has its own, at each atomic operation.
+    pub fn point() {}
 
     loom::thread_local! {
         static STEPS: Cell<Option<u32>> = Cell::new(None);

@@ -8,6 +8,7 @@ use crate::domain::Counter;
 use crate::domain::entry::Entry;
 use crate::frame::Pfn;
 use crate::pagemap::Pagemap;
+use crate::space::bits::members;
 use crate::space::puts::Puts;
 use crate::space::range::{Found, GRANULE, GRANULE_PAGES, flag};
 use crate::space::{Space, World};
@@ -51,6 +52,17 @@ pub(crate) struct Settling {
 }
 
 impl Space {
+    /// Settles some of what has been staged longest, and returns the slot to its queue if that was not all. `None`: nothing is
+    /// staged.
+    pub(crate) fn settle_next(&self, world: &World, hands: &mut Hands) -> Option<Settled> {
+        let slot = self.slots.oldest()?;
+        let settled = self.settle(world, slot, hands);
+        if settled != Settled::Done {
+            self.slots.unsettled(slot, settled == Settled::More);
+        }
+        Some(settled)
+    }
+
     /// Settles some pages of a slot that the caller has taken with [`crate::space::slots::Slots::oldest`]. Unless `Done`, he
     /// returns it with `unsettled`.
     pub(crate) fn settle(&self, world: &World, slot: u32, hands: &mut Hands) -> Settled {
@@ -92,13 +104,7 @@ impl Space {
             let mut freed = 0u64;
             let (mut clean, mut same) = (0, 0);
             self.fetch(slot, staged, base);
-            let mut rest = staged & !job.refused;
-            for _ in 0..batch {
-                if rest == 0 {
-                    break;
-                }
-                let i = rest.trailing_zeros() as usize;
-                rest &= rest - 1;
+            for i in members(staged & !job.refused).take(batch) {
                 let at = base + i * PAGE_SIZE;
                 // The page is staged and we hold its granule's lock.
                 let page = self.slots.staged_page(slot, i);
@@ -198,15 +204,7 @@ impl Space {
 
     /// Has what is needed of the next few staged pages fetched into the cache, all at the same time.
     fn fetch(&self, slot: u32, staged: u64, base: usize) {
-        let pages = || {
-            let mut rest = staged;
-            std::iter::from_fn(move || {
-                let i = (rest != 0).then(|| rest.trailing_zeros() as usize)?;
-                rest &= rest - 1;
-                Some(i)
-            })
-            .take(BATCH)
-        };
+        let pages = || members(staged).take(BATCH);
         for i in pages() {
             crate::sys::prefetch(self.slots.addr(slot, i), 256);
         }

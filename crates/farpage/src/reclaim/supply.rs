@@ -175,11 +175,7 @@ impl Space {
         {
             return Reclaimed::Some;
         }
-        if let Some(slot) = self.slots.oldest() {
-            let settled = self.settle(world, slot, hands);
-            if settled != Settled::Done {
-                self.slots.unsettled(slot, settled == Settled::More);
-            }
+        if let Some(settled) = self.settle_next(world, hands) {
             if settled != Settled::Full || self.slots.free_frames() > 0 {
                 return Reclaimed::Some;
             }

@@ -60,9 +60,11 @@ pub fn run(space: &Space) {
     while !space.stopping() {
         let seen = slot.work.load(Ordering::SeqCst);
         let mut busy = false;
+        space.answer_audit();
         while step(space, &mut hands, &mut refilling) {
             busy = true;
             tick_if_due();
+            space.answer_audit();
         }
         tick_if_due();
         if busy {
@@ -138,15 +140,9 @@ fn refill(space: &Space, world: &World, marks: Marks, hands: &mut Hands) -> bool
 
 /// Settles some of what has been staged longest. `Some(false)`: the devices are full; `None`: nothing is staged.
 fn settle_oldest(space: &Space, world: &World, hands: &mut Hands) -> Option<bool> {
-    let slot = space.slots.oldest()?;
-    Some(match space.settle(world, slot, hands) {
-        Settled::Done => true,
-        Settled::More => {
-            space.slots.unsettled(slot, true);
-            true
-        }
+    Some(match space.settle_next(world, hands)? {
+        Settled::Done | Settled::More => true,
         Settled::Full => {
-            space.slots.unsettled(slot, false);
             // Clean copies of pages in DRAM are the devices' spare room.
             let freed = space.drop_copies(world, 256);
             if freed == 0 {

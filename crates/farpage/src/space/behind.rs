@@ -6,9 +6,10 @@
 //! So nothing of the range is evicted from the moment that the announcement is read ([`Space::in_flux`]) until the
 //! caller has surely done what he announced.
 
+use super::bits::runs;
 use super::ops::window;
 use super::range::GRANULE;
-use super::{Space, World, slots};
+use super::{Space, World};
 use crate::PAGE_SIZE;
 use crate::fault::Change;
 use crate::sys::uffd::Stop;
@@ -16,9 +17,22 @@ use crate::sys::uffd::Stop;
 /// How long a caller who was let go may take until he has dropped the pages. He is runnable all that time.
 const SURELY_DROPPED_MS: u64 = 1000;
 
-/// Ranges whose pages are about to be dropped by others, and until when that may be (milliseconds).
+/// What others drop.
 #[derive(Default)]
-pub(crate) struct Flux(Vec<(usize, usize, u64)>);
+pub(crate) struct Flux {
+    /// Ranges whose pages are about to be dropped, and until when that may be (milliseconds).
+    ranges: Vec<(usize, usize, u64)>,
+    /// From when on the process's charge is to be counted anew: what was counted when the announcement came had not been
+    /// dropped yet.
+    recount: Option<u64>,
+}
+
+impl Flux {
+    /// That of a forked child: its charge is its parent's, who may be in the middle of something.
+    pub fn of_child() -> Self {
+        Self { ranges: Vec::new(), recount: Some(0) }
+    }
+}
 
 impl Space {
     /// The kernel announces a change; called while messages are being read.
@@ -32,8 +46,9 @@ impl Space {
         if let Change::Removed(start, end) = change {
             let now = crate::sys::now_ms();
             let mut flux = self.flux.lock();
-            flux.0.retain(|f| f.2 > now);
-            flux.0.push((start, end, now + SURELY_DROPPED_MS));
+            flux.ranges.retain(|f| f.2 > now);
+            flux.ranges.push((start, end, now + SURELY_DROPPED_MS));
+            flux.recount = Some(now + SURELY_DROPPED_MS);
         }
     }
 
@@ -47,7 +62,7 @@ impl Space {
             return true;
         }
         let now = crate::sys::now_ms();
-        self.flux.lock().0.iter().any(|&(s, e, until)| s < end && start < e && now < until)
+        self.flux.lock().ranges.iter().any(|&(s, e, until)| s < end && start < e && now < until)
     }
 
     /// Makes our books agree with all changes that were announced and not yet seen to.
@@ -93,7 +108,7 @@ impl Space {
             let base = f.start / GRANULE * GRANULE;
             let theirs = window(f.start.max(from), f.end.min(from + len));
             let staged = self.slots.staged(slot);
-            for (first, n) in slots::runs(staged & theirs) {
+            for (first, n) in runs(staged & theirs) {
                 for i in first..first + n {
                     self.copy_back(world, slot, i, base + i * PAGE_SIZE - from + to);
                 }
@@ -108,14 +123,22 @@ impl Space {
         }
     }
 
+    /// When the process's charge is to be counted anew, in milliseconds.
+    pub(super) fn recount_at(&self) -> Option<u64> {
+        if self.faults.raw_changes() { self.flux.lock().recount } else { None }
+    }
+
+    /// Counts it, if it is time. With the world held exclusively.
+    pub(super) fn recount_if_due(&self, world: &World) {
+        if self.recount_at().is_some_and(|at| at <= crate::sys::now_ms()) {
+            self.flux.lock().recount = None;
+            self.recount(world);
+        }
+    }
+
     /// After changes that went past us: what this process is charged for, counted anew.
     fn recount(&self, world: &World) {
-        let mut pages = 0;
-        for range in world.ranges.iter() {
-            pages += self.charge_of(world, range.start, range.end);
-        }
-        let (start, len) = self.slots.area();
-        pages += world.resident(start, start + len);
+        let pages = self.counted(world);
         self.slot().charge.store(pages, std::sync::atomic::Ordering::SeqCst);
     }
 

@@ -18,6 +18,15 @@ pub fn runs(mut bits: u64) -> impl Iterator<Item = (usize, usize)> {
     })
 }
 
+/// The members of the set, in order.
+pub fn members(mut bits: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let first = (bits != 0).then(|| bits.trailing_zeros() as usize)?;
+        bits &= bits - 1;
+        Some(first)
+    })
+}
+
 /// A set of numbers below a limit.
 pub struct BitSet(Vec<u64>);
 
@@ -90,6 +99,9 @@ mod tests {
                 seen |= mask(first, len);
             }
             prop_assert_eq!(seen, bits);
+            let each: Vec<usize> = members(bits).collect();
+            let there: Vec<usize> = (0..64).filter(|i| bits & (1 << i) != 0).collect();
+            prop_assert_eq!(each, there);
         }
     }
 }

@@ -145,7 +145,7 @@ impl Space {
             self.jobs.renew();
             self.ahead.renew(VecDeque::new());
             self.outgoing.renew(VecDeque::new());
-            self.flux.renew(super::behind::Flux::default());
+            self.flux.renew(super::behind::Flux::of_child());
         }
         self.mark.set();
         self.leaving.store(0, Ordering::SeqCst);

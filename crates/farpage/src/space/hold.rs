@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering, fence};
 use super::Space;
 use crate::PAGE_SIZE;
 use crate::domain::Counter;
+use crate::sys::point::point;
 
 /// Calls that hold a buffer each; with more at once everything is held.
 const HOLDS: usize = 32;
@@ -114,6 +115,7 @@ impl Space {
         // With the fence in `begin_move`: either an eviction sees the hold, or we see the eviction.
         fence(Ordering::SeqCst);
         loop {
+            point();
             let moving = self.holds.moving.load(Ordering::SeqCst);
             if moving == 0 {
                 break;
@@ -125,7 +127,9 @@ impl Space {
 
     /// Says that pages are about to be moved out.
     pub(crate) fn begin_move(&self) -> Moving<'_> {
+        point();
         self.holds.moving.fetch_add(1, Ordering::SeqCst);
+        point();
         fence(Ordering::SeqCst);
         Moving(&self.holds)
     }

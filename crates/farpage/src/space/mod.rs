@@ -12,6 +12,7 @@
 
 mod adopt;
 mod advice;
+mod audit;
 mod behind;
 pub(crate) mod bits;
 pub mod exclusive;

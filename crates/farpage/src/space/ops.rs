@@ -6,9 +6,10 @@ use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
+use super::bits::{mask, runs};
 use super::puts::Puts;
 use super::range::{Found, GRANULE, Range, flag};
-use super::{Space, World, slots};
+use super::{Space, World};
 use crate::PAGE_SIZE;
 use crate::domain::entry::Entry;
 use crate::sys::Write;
@@ -152,6 +153,7 @@ impl Space {
         let result = call();
         if result.is_err() {
             self.come_back(world, start, end)?;
+            self.recharge(charge, self.charge_of(world, start, end));
             return result;
         }
         self.forget(world, start, end);
@@ -230,20 +232,23 @@ impl Space {
         };
         let before = charged_by_page(world);
         self.leave(world, start, end);
-        let result = match call() {
-            Ok(result) => {
+        let result = call();
+        match &result {
+            Ok(_) => {
                 self.enter(world, start, end)?;
-                result
+                world.ranges.granules(start, end).for_each(|(f, s, e)| self.drop_pages(&f, s, e));
             }
-            Err(e) => {
-                self.come_back(world, start, end)?;
-                return Err(e);
-            }
-        };
-        world.ranges.granules(start, end).for_each(|(f, s, e)| self.drop_pages(&f, s, e));
-        let after = charged_by_page(world);
+            Err(_) => self.come_back(world, start, end)?,
+        }
+        self.recharge(before, charged_by_page(world));
+        result
+    }
+
+    /// What was charged with `before` pages has `after` now. More than before, if another thread touched pages while they were
+    /// not registered: the kernel gave it those without asking.
+    fn recharge(&self, before: u64, after: u64) {
         self.domain.uncharge(self.me(), before.saturating_sub(after));
-        Ok(result)
+        self.domain.force_charge(self.me(), after.saturating_sub(before));
     }
 
     /// Gives up the copies, staged pages and entries of `[start, end)`, which lies in one granule.
@@ -311,7 +316,7 @@ impl Space {
         self.touched(found.start, found.end);
         let base = found.start / GRANULE * GRANULE;
         let staged = self.slots.staged(slot);
-        for (first, len) in slots::runs(staged) {
+        for (first, len) in runs(staged) {
             let mut at = 0;
             while at < len {
                 let dst = base + (first + at) * PAGE_SIZE;
@@ -339,16 +344,16 @@ impl Space {
         let src = self.slots.addr(slot, page);
         loop {
             match world.uffd.copy(dst, src, PAGE_SIZE).1 {
-                None => break self.forget_frames(slot, slots::mask(page, 1)),
+                None => break self.forget_frames(slot, mask(page, 1)),
                 Some(Stop::Again) => self.hear(world),
-                Some(_) => break self.retire(slot, slots::mask(page, 1)),
+                Some(_) => break self.retire(slot, mask(page, 1)),
             }
         }
     }
 
     /// Frames of a slot whose pages have been copied elsewhere go to the kernel: the charge is the copies' now.
     pub(crate) fn forget_frames(&self, slot: u32, frames: u64) {
-        for (first, len) in slots::runs(frames) {
+        for (first, len) in runs(frames) {
             crate::sys::drop_pages(self.slots.addr(slot, first), len * PAGE_SIZE);
         }
     }
@@ -405,5 +410,5 @@ impl Space {
 
 /// The pages `[start, end)` of one granule as a set.
 pub(crate) fn window(start: usize, end: usize) -> u64 {
-    slots::mask(start % GRANULE / PAGE_SIZE, (end - start) / PAGE_SIZE)
+    mask(start % GRANULE / PAGE_SIZE, (end - start) / PAGE_SIZE)
 }

@@ -48,6 +48,7 @@ pub struct GranuleGuard<'a>(&'a Granule);
 impl Granule {
     /// Takes the lock, which is held for microseconds; the holder never waits for a fault inside.
     pub fn lock(&self) -> GranuleGuard<'_> {
+        crate::sys::point::point();
         let mut spins = 0u32;
         // Acquire pairs with the guard's Release.
         while self.lock.compare_exchange_weak(0, 1, Ordering::Acquire, Ordering::Relaxed).is_err() {

@@ -13,8 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::mm::{MapFlags, ProtFlags};
 
-use super::bits::BitSet;
-pub use super::bits::{mask, runs};
+use super::bits::{BitSet, mask, runs};
 use super::range::{GRANULE, GRANULE_PAGES, STRETCH};
 use crate::{PAGE_SIZE, Page};
 

@@ -8,6 +8,9 @@ use rustix::thread::futex::{self, Flags, Timespec};
 /// Sleeps while `*word == expected`, at most `timeout`. Returns early on a wake, a signal or a change;
 /// the caller looks again. The futex is keyed by the memory, so it works across processes.
 pub fn futex_wait(word: &AtomicU32, expected: u32, timeout: Option<Duration>) {
+    if super::point::yielded() {
+        return; // in a model: a wake that nobody meant
+    }
     let ts = timeout.map(|t| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: i64::from(t.subsec_nanos()) });
     // Every outcome (woken, changed, timed out, interrupted) means the same to the caller: look again.
     let _outcome = futex::wait(word, Flags::empty(), expected, ts.as_ref());

@@ -11,6 +11,7 @@ mod memory;
 mod mutex;
 pub mod numa;
 mod pagemap_scan;
+pub mod point;
 mod process;
 mod ring;
 mod rwlock;
@@ -56,5 +57,8 @@ pub fn now_ns() -> u64 {
 
 /// Lets another thread run.
 pub fn yield_now() {
+    if point::yielded() {
+        return;
+    }
     rustix::thread::sched_yield();
 }

@@ -255,6 +255,7 @@ impl Uffd {
     }
 
     fn transfer(&self, op: u64, dst: usize, src: usize, len: usize, mode: u64) -> (usize, Option<Stop>) {
+        super::point::point();
         let mut at = 0;
         while at < len {
             let (d, s) = ((dst + at) as u64, (src + at) as u64);
