@@ -241,6 +241,24 @@ fn who_resumes_does_not_open_what_another_closes() {
     });
 }
 
+#[test]
+fn who_gets_in_sees_what_was_registered() {
+    model(|| {
+        let w = world();
+        assert!(w.unregister(2));
+        let registering = spawn(&w, |w| {
+            assert!(w.live.begin_open(0));
+            w.write(7);
+            w.live.finish_open(0);
+        });
+        if w.live.try_get(1) {
+            assert_eq!(w.read(), 7);
+            w.live.put(1);
+        }
+        registering.join().unwrap();
+    });
+}
+
 /// Kills owner 1 before each of its atomic operations, while owner 2 does `other`; then the dead is reaped, and `after`
 /// looks.
 fn crashes(

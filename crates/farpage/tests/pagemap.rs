@@ -189,7 +189,7 @@ fn unregistering_waits_and_says_for_whom() {
         let error = map.unregister(&mut (), ME, SHORT).unwrap_err();
         let text = error.to_string();
         let expected = "2 frames of NAME are still held: frame 0 (3 references: 1 pin of process slot 2, \
-             1 pin of process slot 3, 1 unknown); frame 1 (1 references: 1 driver of process slot 5)";
+             1 pin of process slot 3, 1 unknown); frame 1 (1 reference: 1 driver of process slot 5)";
         assert_eq!(text, expected.replace("NAME", map.name()), "{memory_type:?}");
 
         // Nothing new, precisely.
@@ -238,9 +238,9 @@ impl Tenants for Entries {
         self.entries = stay;
     }
 
-    fn holders(&mut self, _map: &Pagemap, pfn: Pfn) -> Vec<Holder> {
-        let refs = self.entries.iter().filter(|e| **e == pfn).count() as u32;
-        vec![Holder { owner: ME, kind: HolderKind::Entry, refs }]
+    fn holders(&mut self, _map: &Pagemap, pfns: &[Pfn]) -> Vec<(Pfn, Holder)> {
+        let mine = self.entries.iter().filter(|pfn| pfns.contains(pfn));
+        mine.map(|pfn| (*pfn, Holder { owner: ME, kind: HolderKind::Entry, refs: 1 })).collect()
     }
 }
 
@@ -253,7 +253,7 @@ fn unregistering_moves_what_can_move() {
     let error = map.unregister(&mut tenants, ME, SHORT).unwrap_err().to_string();
     assert!(
         error.ends_with(
-            "1 frames of ram:1M are still held: frame 17 (1 references: 1 page entry of process slot 1)"
+            "1 frame of ram:1M is still held: frame 17 (1 reference: 1 page entry of process slot 1)"
         ),
         "{error}"
     );
