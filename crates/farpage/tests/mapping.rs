@@ -246,6 +246,8 @@ fn files_and_directories() {
     let file = dir.path().join("memory");
     let spec = format!("generic:{}", file.display());
     let create = |spec: &str| spec.parse::<MemorySpec>().unwrap().create();
+    assert!(create(&spec).is_err() && !file.exists(), "without a size no file is made");
+    std::fs::write(&file, "").unwrap();
     assert_eq!(create(&spec).err(), Some(MemoryError::NoSize(spec.clone())));
     let sized = create(&format!("{spec}:1M")).unwrap();
     assert_eq!((sized.frames(), sized.frame_size()), (256, 4096));

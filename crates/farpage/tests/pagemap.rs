@@ -56,6 +56,8 @@ fn registering_says_what_is_wrong() {
     assert_eq!(error.to_string(), "Private memory needs `migrate_to_ram`");
     let error = ops(MemoryType::Generic, Box::new(paging("ram:1M")));
     assert_eq!(error, RegisterError::MissingOp(MemoryType::Generic, "memory"));
+    let error = ops(MemoryType::Generic, Box::new(memory("p2pdma:memfd:4M")));
+    assert_eq!(error, RegisterError::Differs(MemoryType::Generic, MemoryType::P2pDma));
     for other in [MemoryType::System, MemoryType::FsDax] {
         assert_eq!(ops(other, Box::new(paging("ram:1M"))), RegisterError::Type(other));
     }

@@ -79,6 +79,9 @@ pub enum RegisterError {
     /// The type cannot be registered.
     #[error("{0:?} pages are not a device's")]
     Type(MemoryType),
+    /// The driver's memory is of another type.
+    #[error("{1:?} memory cannot be registered as {0:?}")]
+    Differs(MemoryType, MemoryType),
     /// The number is above 15.
     #[error("pagemap number {0} is above {MAX_ID}")]
     Id(u8),
@@ -161,6 +164,9 @@ fn check(
             return Err(RegisterError::MissingOp(memory_type, "memory"));
         }
         _ => {}
+    }
+    if let Some(memory) = ops.memory().filter(|memory| memory.memory_type() != memory_type) {
+        return Err(RegisterError::Differs(memory_type, memory.memory_type()));
     }
     ranges.sort_by_key(|r| (r.start, r.end));
     let end = ranges.iter().map(|r| r.end).max().ok_or(RegisterError::Empty(None))?;
