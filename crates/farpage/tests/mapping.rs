@@ -90,6 +90,9 @@ fn what_cannot_be_mapped() {
     assert!(!some.read(PAGE_SIZE, &mut [0]) && !some.write(usize::MAX, &[0]));
     let private = registered(MemoryType::Private);
     assert_eq!(bad(private.map_new(ME, PAGE_SIZE, PAGE_SIZE)), MapError::Unreachable(MemoryType::Private));
+    assert!(matches!(private.alloc_held(ME, HolderKind::CleanCopy, 1, 1), Err(HoldError::Kind(_))));
+    assert!(matches!(private.alloc_held(ME, HolderKind::Pin, 0, 1), Err(HoldError::NoFrame(0, 0))));
+    assert_eq!(private.frames.used(), 0);
     assert!(matches!(private.hold(ME, HolderKind::Entry, 0, 1), Err(HoldError::Kind(HolderKind::Entry))));
 }
 

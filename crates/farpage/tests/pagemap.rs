@@ -68,9 +68,15 @@ fn registering_says_what_is_wrong() {
     let shared = area(1024);
     let again = |create| Pagemap::register(registration(MemoryType::Generic, vec![0..64; 1]), shared, create);
     assert_eq!(again(false).unwrap_err(), RegisterError::NotLive(NotLive::Unregistered));
-    let _map = again(true).unwrap();
+    let map = again(true).unwrap();
     assert_eq!(again(true).unwrap_err(), RegisterError::Registered);
-    assert!(again(false).is_ok(), "another process joins");
+    let other = again(false).unwrap();
+    assert_eq!((other.try_alloc(2), map.frames.used()), (Ok(0), 1), "another process joins");
+    other.put_in_transit(&[0], 2);
+    map.unregister(&mut (), ME, SHORT).unwrap();
+    for joined in [other, again(false).unwrap()] {
+        assert_eq!(joined.try_alloc(2), Err(AllocError::NotLive(NotLive::Unregistered)));
+    }
 }
 
 #[test]

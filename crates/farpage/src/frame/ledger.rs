@@ -28,6 +28,11 @@ pub enum HolderKind {
 impl HolderKind {
     /// Those that are kept in a ledger; their places here are their numbers there.
     const KEPT: [Self; 3] = [Self::Mapping, Self::Pin, Self::Driver];
+
+    /// Whether such references are kept in a ledger (the others are in page entries).
+    pub fn is_kept(self) -> bool {
+        Self::KEPT.contains(&self)
+    }
 }
 
 impl std::fmt::Display for HolderKind {
@@ -109,7 +114,7 @@ impl Ledger {
 
     /// Enters a record; `None`: the ledger is full, or the kind is not kept in it, or it is too long.
     pub fn add(&self, extent: Extent) -> Option<Place> {
-        if extent.len > MAX_LEN || extent.owner == 0 || !HolderKind::KEPT.contains(&extent.kind) {
+        if extent.len > MAX_LEN || extent.owner == 0 || !extent.kind.is_kept() {
             return None;
         }
         for (i, record) in (0..).zip(self.records) {
