@@ -7,6 +7,15 @@
 //! A record is one atomic word: owner (12 bits), kind (4), *moving* (1), length in frames (15), first frame (32). A
 //! record grows and shrinks by one frame at a time, at its end. While it does, the frame behind its end is *moving*: if
 //! that carries the owner's transit mark, the reference is not counted ([`Ledger::publishes`]).
+//!
+//! Mutations tried by hand, and a test of `tests/loom_live.rs` that catches each:
+//!
+//! | mutation | caught by |
+//! |---|---|
+//! | `grow` does not say *moving* | `a_crash_while_a_hold_grows_over_another` |
+//! | `shrink` does not say *moving*; `publishes` ignores it | `a_crash_while_holding_twice` |
+//! | `shrink` changes the record before it marks the frame | `a_crash_while_holding` and two more |
+//! | the high mark is not raised | `a_crash_while_holding` and two more |
 use super::platform::{AtomicU32, AtomicU64, Ordering};
 use super::{FrameTable, GetError, Owner, Pfn};
 
