@@ -90,6 +90,9 @@ fn what_cannot_be_mapped() {
     assert!(!some.read(PAGE_SIZE, &mut [0]) && !some.write(usize::MAX, &[0]));
     let private = registered(MemoryType::Private);
     assert_eq!(bad(private.map_new(ME, PAGE_SIZE, PAGE_SIZE)), MapError::Unreachable(MemoryType::Private));
+    assert!(matches!(private.alloc_held(ME, HolderKind::CleanCopy, 1, 1), Err(HoldError::Kind(_))));
+    assert!(matches!(private.alloc_held(ME, HolderKind::Pin, 0, 1), Err(HoldError::NoFrame(0, 0))));
+    assert_eq!(private.frames.used(), 0);
     assert!(matches!(private.hold(ME, HolderKind::Entry, 0, 1), Err(HoldError::Kind(HolderKind::Entry))));
 }
 
@@ -246,6 +249,8 @@ fn files_and_directories() {
     let file = dir.path().join("memory");
     let spec = format!("generic:{}", file.display());
     let create = |spec: &str| spec.parse::<MemorySpec>().unwrap().create();
+    assert!(create(&spec).is_err() && !file.exists(), "without a size no file is made");
+    std::fs::write(&file, "").unwrap();
     assert_eq!(create(&spec).err(), Some(MemoryError::NoSize(spec.clone())));
     let sized = create(&format!("{spec}:1M")).unwrap();
     assert_eq!((sized.frames(), sized.frame_size()), (256, 4096));

@@ -56,6 +56,8 @@ fn registering_says_what_is_wrong() {
     assert_eq!(error.to_string(), "Private memory needs `migrate_to_ram`");
     let error = ops(MemoryType::Generic, Box::new(paging("ram:1M")));
     assert_eq!(error, RegisterError::MissingOp(MemoryType::Generic, "memory"));
+    let error = ops(MemoryType::Generic, Box::new(memory("p2pdma:memfd:4M")));
+    assert_eq!(error, RegisterError::Differs(MemoryType::Generic, MemoryType::P2pDma));
     for other in [MemoryType::System, MemoryType::FsDax] {
         assert_eq!(ops(other, Box::new(paging("ram:1M"))), RegisterError::Type(other));
     }
@@ -66,9 +68,15 @@ fn registering_says_what_is_wrong() {
     let shared = area(1024);
     let again = |create| Pagemap::register(registration(MemoryType::Generic, vec![0..64; 1]), shared, create);
     assert_eq!(again(false).unwrap_err(), RegisterError::NotLive(NotLive::Unregistered));
-    let _map = again(true).unwrap();
+    let map = again(true).unwrap();
     assert_eq!(again(true).unwrap_err(), RegisterError::Registered);
-    assert!(again(false).is_ok(), "another process joins");
+    let other = again(false).unwrap();
+    assert_eq!((other.try_alloc(2), map.frames.used()), (Ok(0), 1), "another process joins");
+    other.put_in_transit(&[0], 2);
+    map.unregister(&mut (), ME, SHORT).unwrap();
+    for joined in [other, again(false).unwrap()] {
+        assert_eq!(joined.try_alloc(2), Err(AllocError::NotLive(NotLive::Unregistered)));
+    }
 }
 
 #[test]
@@ -189,7 +197,7 @@ fn unregistering_waits_and_says_for_whom() {
         let error = map.unregister(&mut (), ME, SHORT).unwrap_err();
         let text = error.to_string();
         let expected = "2 frames of NAME are still held: frame 0 (3 references: 1 pin of process slot 2, \
-             1 pin of process slot 3, 1 unknown); frame 1 (1 references: 1 driver of process slot 5)";
+             1 pin of process slot 3, 1 unknown); frame 1 (1 reference: 1 driver of process slot 5)";
         assert_eq!(text, expected.replace("NAME", map.name()), "{memory_type:?}");
 
         // Nothing new, precisely.
@@ -238,9 +246,9 @@ impl Tenants for Entries {
         self.entries = stay;
     }
 
-    fn holders(&mut self, _map: &Pagemap, pfn: Pfn) -> Vec<Holder> {
-        let refs = self.entries.iter().filter(|e| **e == pfn).count() as u32;
-        vec![Holder { owner: ME, kind: HolderKind::Entry, refs }]
+    fn holders(&mut self, _map: &Pagemap, pfns: &[Pfn]) -> Vec<(Pfn, Holder)> {
+        let mine = self.entries.iter().filter(|pfn| pfns.contains(pfn));
+        mine.map(|pfn| (*pfn, Holder { owner: ME, kind: HolderKind::Entry, refs: 1 })).collect()
     }
 }
 
@@ -253,7 +261,7 @@ fn unregistering_moves_what_can_move() {
     let error = map.unregister(&mut tenants, ME, SHORT).unwrap_err().to_string();
     assert!(
         error.ends_with(
-            "1 frames of ram:1M are still held: frame 17 (1 references: 1 page entry of process slot 1)"
+            "1 frame of ram:1M is still held: frame 17 (1 reference: 1 page entry of process slot 1)"
         ),
         "{error}"
     );

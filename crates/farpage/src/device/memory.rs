@@ -91,7 +91,7 @@ pub enum MemoryError {
     #[error("memory {0} needs a size (write {0}:SIZE)")]
     NoSize(String),
     /// The size is no multiple of the page size of the memory, or none at all.
-    #[error("memory {name}: {size} bytes are not 1 to {} pages of {} ", MAX_SIZE / frame_size, format_size(*.frame_size))]
+    #[error("memory {name}: {size} bytes are not a whole number of its {} pages, or more than there are", format_size(*.frame_size))]
     Size {
         /// The specification.
         name: String,
@@ -203,7 +203,10 @@ impl MemorySpec {
                 (rustix::fs::open(path, rw | OFlags::TMPFILE, mode)?, None)
             }
             Source::Path(path) => {
-                let file = rustix::fs::open(path, rw | OFlags::CREATE, mode)?;
+                // A mistyped node does not become a file.
+                let makes_one = self.size.is_some() && path.parent() != Some("/dev".as_ref());
+                let create = if makes_one { OFlags::CREATE } else { OFlags::empty() };
+                let file = rustix::fs::open(path, rw | create, mode)?;
                 let char_device = path.metadata().is_ok_and(|m| m.file_type().is_char_device());
                 let dax = if char_device { Some(Dax::of(&file)?) } else { None };
                 (file, dax)

@@ -8,6 +8,7 @@ mod layout;
 mod reap;
 mod slot;
 mod stats;
+mod tenants;
 mod walk;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,11 +24,12 @@ pub use layout::{ADDRESS_LIMIT, SLOT_COUNT, WINDOW};
 pub use reap::Launcher;
 pub use slot::{Counter, Slot, state};
 pub use stats::{DeviceStats, Stats};
+pub use tenants::DomainTenants;
 
 use crate::device::spec::{SetupError, Spec};
 use crate::device::{Attach, Device};
-use crate::frame::Owner;
-use crate::pagemap::{Pagemap, RegisterError, Registration};
+use crate::frame::{Owner, Pfn};
+use crate::pagemap::{Live, Pagemap, RefError, RegisterError, Registration};
 use crate::sys::{Peers, SharedArea, SharedMap};
 
 /// Environment variable that names the domain's segment to the processes of the tree.
@@ -358,6 +360,14 @@ impl Domain {
     pub fn changed(&self) {
         self.words.epoch.fetch_add(1, Ordering::AcqRel);
         crate::sys::futex_wake(self.words.epoch, i32::MAX);
+    }
+
+    /// The pagemap of frame `pfn` of device `id`, kept from being unregistered while the result lives.
+    ///
+    /// # Errors
+    /// As [`crate::pagemap::lookup`].
+    pub fn lookup(&self, id: u8, pfn: Pfn, owner: Owner) -> Result<Live<'_>, RefError> {
+        crate::pagemap::lookup(&self.pagemaps, id, pfn, owner)
     }
 
     /// The pagemap with this number.

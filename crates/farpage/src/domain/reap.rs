@@ -195,7 +195,7 @@ impl Domain {
         let transit: Vec<Vec<Pfn>> = d.pagemaps.iter().map(|p| p.frames.in_transit(owner)).collect();
         let mut published = vec![Vec::new(); transit.len()];
         let mut held: Vec<Vec<Pfn>> = vec![Vec::new(); transit.len()];
-        d.each_entry(owner, window, |e| {
+        d.each_entry(owner, window, |_, e| {
             if let Some((dev, pfn)) = e.frame() {
                 if transit[dev as usize].contains(&pfn) {
                     published[dev as usize].push(pfn);

@@ -7,6 +7,15 @@
 //! A record is one atomic word: owner (12 bits), kind (4), *moving* (1), length in frames (15), first frame (32). A
 //! record grows and shrinks by one frame at a time, at its end. While it does, the frame behind its end is *moving*: if
 //! that carries the owner's transit mark, the reference is not counted ([`Ledger::publishes`]).
+//!
+//! Mutations tried by hand, and a test of `tests/loom_live.rs` that catches each:
+//!
+//! | mutation | caught by |
+//! |---|---|
+//! | `grow` does not say *moving* | `a_crash_while_a_hold_grows_over_another` |
+//! | `shrink` does not say *moving*; `publishes` ignores it | `a_crash_while_holding_twice` |
+//! | `shrink` changes the record before it marks the frame | `a_crash_while_holding` and two more |
+//! | the high mark is not raised | `a_crash_while_holding` and two more |
 use super::platform::{AtomicU32, AtomicU64, Ordering};
 use super::{FrameTable, GetError, Owner, Pfn};
 
@@ -28,6 +37,11 @@ pub enum HolderKind {
 impl HolderKind {
     /// Those that are kept in a ledger; their places here are their numbers there.
     const KEPT: [Self; 3] = [Self::Mapping, Self::Pin, Self::Driver];
+
+    /// Whether such references are kept in a ledger (the others are in page entries).
+    pub fn is_kept(self) -> bool {
+        Self::KEPT.contains(&self)
+    }
 }
 
 impl std::fmt::Display for HolderKind {
@@ -109,7 +123,7 @@ impl Ledger {
 
     /// Enters a record; `None`: the ledger is full, or the kind is not kept in it, or it is too long.
     pub fn add(&self, extent: Extent) -> Option<Place> {
-        if extent.len > MAX_LEN || extent.owner == 0 || !HolderKind::KEPT.contains(&extent.kind) {
+        if extent.len > MAX_LEN || extent.owner == 0 || !extent.kind.is_kept() {
             return None;
         }
         for (i, record) in (0..).zip(self.records) {

@@ -15,6 +15,21 @@
 //!
 //! The words are opened and closed only while *opening* and *removing*, which one owner at a time is at; so nobody
 //! opens what another closes, nor the other way round. Should he die, [`Live::forget`] takes it back to *closed*.
+//!
+//! Mutations tried by hand, and a test of `tests/loom_live.rs` that catches each:
+//!
+//! | mutation | caught by |
+//! |---|---|
+//! | a reference is taken Relaxed | `who_gets_in_sees_what_was_registered` |
+//! | … is given back Relaxed; `drain` loads Relaxed | `who_has_looked_it_up_has_the_memory` and four more |
+//! | a refused reference is not taken back | `a_crash_while_resuming` |
+//! | the last one wakes nobody | `unregistering_waits_for_gets_and_puts` |
+//! | removing does not close the words | `unregistering_waits_for_gets_and_puts` |
+//! | two remove at once | `of_two_one_removes` and six more |
+//! | resuming while another removes | `who_resumes_does_not_open_what_another_closes` |
+//! | closing the words of what another has opened (the first form of this module) | the same |
+//! | `forget` leaves the references | `a_crash_while_looking_up` |
+//! | `forget` leaves *removing*; leaves *opening* | `a_crash_while_unregistering`; `a_crash_while_resuming` |
 use std::time::{Duration, Instant};
 
 use super::Owner;

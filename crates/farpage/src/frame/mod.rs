@@ -49,6 +49,11 @@
 //! | `alloc` leaves no mark | `a_crash_while_evicting` |
 //! | `recover` ignores `published`, either way | `model_equals_table`, `a_crash_while_evicting` |
 //! | `recover` leaves a dead owner's freeze | `model_equals_table`, `a_crash_while_frozen` |
+//! | `get` guesses 0; guesses Relaxed; `put` guesses Relaxed | `a_get_has_the_page_or_fails`; `a_frozen_page_is_its_freezers_alone`; both |
+//! | a batch wakes nobody | `a_batch_wakes_who_waits` (`tests/loom_live.rs`) |
+//! | a batch leaves a hint set | `a_batch_frees_in_one_pass` (`tests/pagemap.rs`) and five more |
+//! | a run that meets a frame in use keeps what it took | `model_equals_pagemap` (`tests/pagemap_model.rs`), which then never ends |
+//! | `alloc` or `alloc_run` goes beyond the ranges | `only_frames_of_the_ranges_exist` (`tests/pagemap.rs`) |
 //! | `release` corrects the hint before the word | `a_frame_has_one_user_at_a_time_and_no_hint_is_lost` |
 //! | the high mark is raised after the claim | `a_crash_while_evicting` |
 //! | `format` finds nothing | `model_lost_hints_are_found_again` |

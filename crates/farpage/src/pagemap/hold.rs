@@ -43,6 +43,10 @@ pub enum HoldError {
     Kind(HolderKind),
 }
 
+fn check(kind: HolderKind) -> Result<(), HoldError> {
+    if kind.is_kept() { Ok(()) } else { Err(HoldError::Kind(kind)) }
+}
+
 impl Pagemap {
     /// Allocates `len` frames that follow each other, the first a multiple of `align`, and holds them.
     ///
@@ -55,6 +59,10 @@ impl Pagemap {
         len: u32,
         align: u32,
     ) -> Result<Hold<'_>, HoldError> {
+        if len == 0 {
+            return Err(HoldError::NoFrame(0, 0));
+        }
+        check(kind)?;
         let pfn = self.try_alloc_run(owner, len, align).map_err(|e| match e {
             AllocError::NotLive(e) => e.into(),
             AllocError::Full => HoldError::Full(len),
@@ -119,6 +127,7 @@ impl Pagemap {
     /// # Errors
     /// See [`HoldError`]; nothing is held then.
     pub fn hold(&self, owner: Owner, kind: HolderKind, pfn: Pfn, len: u32) -> Result<Hold<'_>, HoldError> {
+        check(kind)?;
         let end = pfn.checked_add(len).filter(|end| self.frames.covers(pfn, *end));
         let end = end.ok_or(HoldError::NoFrame(pfn, u64::from(pfn) + u64::from(len)))?;
         let _live = self.live(owner)?;
@@ -169,10 +178,7 @@ impl<'m> Hold<'m> {
         let ledger = &self.map.ledger;
         let begins = self.len.is_multiple_of(MAX_LEN);
         if begins {
-            let place = ledger.begin(self.owner, kind, pfn).ok_or(match kind {
-                HolderKind::Entry | HolderKind::CleanCopy => HoldError::Kind(kind),
-                HolderKind::Mapping | HolderKind::Pin | HolderKind::Driver => HoldError::TooMany,
-            })?;
+            let place = ledger.begin(self.owner, kind, pfn).ok_or(HoldError::TooMany)?;
             self.places.push(place);
         }
         let place = self.places[self.places.len() - 1];

@@ -11,6 +11,39 @@
 //! | hold frames outside of page entries, so that a killed process's are found | [`Hold`] |
 //! | reach the memory itself | [`Mapping`] |
 //! | take the device away | [`Pagemap::unregister`] |
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use farpage::device::memory::MemorySpec;
+//! use farpage::pagemap::{Pagemap, Registration};
+//! use farpage::sys::SharedArea;
+//!
+//! const ME: u16 = 1; // this process's slot
+//! let memory = "generic:memfd:4M".parse::<MemorySpec>()?.create()?;
+//! let counts = SharedArea::anonymous(Pagemap::shared_len(memory.frames()))?;
+//! let map = Pagemap::register(Registration::memory(0, memory), counts, true)?;
+//!
+//! let two = map.map_new(ME, 8192, 4096)?;
+//! let again = map.map(ME, two.hold().pfn(), 4096)?;
+//! two.write(0, b"hello");
+//! assert_eq!(map.frames.count(two.hold().pfn()), 2);
+//!
+//! drop(two);
+//! let error = map.unregister(&mut (), ME, Duration::ZERO).unwrap_err();
+//! assert!(error.to_string().contains("frame 0 (1 reference: 1 mapping of process slot 1)"));
+//! drop(again);
+//! map.unregister(&mut (), ME, Duration::ZERO)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # What checks what
+//!
+//! Mutations tried by hand, and the tests that catch each (`tests/pagemap.rs`, `mapping.rs`, `pagemap_model.rs`):
+//!
+//! | mutation | caught by |
+//! |---|---|
+//! MUTATIONS
 
 use arrayvec::ArrayVec;
 

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::{MemoryType, NotLive, Pagemap, PagemapOps};
+use crate::device::memory::DeviceMemory;
 use crate::device::{Device, Driver};
 use crate::frame::ledger::Ledger;
 use crate::frame::live::{Live, Phase, STRIDE};
@@ -42,6 +43,13 @@ pub struct Registration {
 }
 
 impl Registration {
+    /// All frames of memory that the CPU reaches in place.
+    pub fn memory(id: u8, memory: DeviceMemory) -> Self {
+        let (memory_type, frames) = (memory.memory_type(), memory.frames());
+        let driver = DriverId(u64::from(id));
+        Self { id, memory_type, driver, ranges: vec![0..frames; 1], ops: Box::new(memory) }
+    }
+
     /// All frames of a device that stores and loads pages.
     pub fn paging(id: u8, device: Box<dyn Device>) -> Self {
         let frames = device.frames();
@@ -79,13 +87,16 @@ pub enum RegisterError {
     /// The type cannot be registered.
     #[error("{0:?} pages are not a device's")]
     Type(MemoryType),
+    /// The driver's memory is of another type.
+    #[error("{1:?} memory cannot be registered as {0:?}")]
+    Differs(MemoryType, MemoryType),
     /// The number is above 15.
     #[error("pagemap number {0} is above {MAX_ID}")]
     Id(u8),
     /// The memory is registered already.
     #[error("already registered")]
     Registered,
-    /// Joining what is not registered, or not any more.
+    /// Joining what was never registered.
     #[error(transparent)]
     NotLive(#[from] NotLive),
 }
@@ -130,7 +141,9 @@ impl Pagemap {
             holding: crate::sys::Mutex::new(()),
         };
         if !create {
-            return if map.live.phase() == Phase::Live { Ok(map) } else { Err(map.not_live().into()) };
+            // What is going or has gone is joined all the same: a process that starts then has the other devices, and
+            // this one says on each use that it is not there.
+            return if map.live.phase() == Phase::Fresh { Err(map.not_live().into()) } else { Ok(map) };
         }
         if !map.live.begin_open(NOBODY) {
             return Err(RegisterError::Registered);
@@ -162,6 +175,9 @@ fn check(
             return Err(RegisterError::MissingOp(memory_type, "memory"));
         }
         _ => {}
+    }
+    if let Some(memory) = ops.memory().filter(|memory| memory.memory_type() != memory_type) {
+        return Err(RegisterError::Differs(memory_type, memory.memory_type()));
     }
     ranges.sort_by_key(|r| (r.start, r.end));
     let end = ranges.iter().map(|r| r.end).max().ok_or(RegisterError::Empty(None))?;

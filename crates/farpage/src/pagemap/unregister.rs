@@ -47,10 +47,11 @@ impl Held {
 
 impl fmt::Display for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "frame {} ({} references", self.pfn, self.refs)?;
+        let many = if self.refs == 1 { "" } else { "s" };
+        write!(f, "frame {} ({} reference{many}", self.pfn, self.refs)?;
         for (i, h) in self.holders.iter().enumerate() {
-            let (sep, many) = (if i == 0 { ": " } else { ", " }, if h.refs == 1 { "" } else { "s" });
-            write!(f, "{sep}{} {}{many} of process slot {}", h.refs, h.kind, h.owner)?;
+            let sep = if i == 0 { ": " } else { ", " };
+            write!(f, "{sep}{} {} of process slot {}", h.refs, h.kind, h.owner)?;
         }
         match self.unknown() {
             0 => write!(f, ")"),
@@ -64,15 +65,15 @@ pub trait Tenants {
     /// Moves what can be moved out of these frames. Whatever stays is waited for, and asked about again.
     fn migrate(&mut self, map: &Pagemap, pfns: &[Pfn]);
 
-    /// Who holds references to the frame. What is in the pagemap's own ledger is known already.
-    fn holders(&mut self, map: &Pagemap, pfn: Pfn) -> Vec<Holder>;
+    /// Who holds references to these frames. What is in the pagemap's own ledger is known already.
+    fn holders(&mut self, map: &Pagemap, pfns: &[Pfn]) -> Vec<(Pfn, Holder)>;
 }
 
 /// Nobody: for memory that is only held by mappings, pins and drivers.
 impl Tenants for () {
     fn migrate(&mut self, _map: &Pagemap, _pfns: &[Pfn]) {}
 
-    fn holders(&mut self, _map: &Pagemap, _pfn: Pfn) -> Vec<Holder> {
+    fn holders(&mut self, _map: &Pagemap, _pfns: &[Pfn]) -> Vec<(Pfn, Holder)> {
         Vec::new()
     }
 }
@@ -81,7 +82,7 @@ impl Tenants for () {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UnregisterError {
     /// Frames are still held. The first of them, and how many there are.
-    #[error("{total} frames of {name} are still held: {}", list(.held, *.total))]
+    #[error("{} of {name} {} still held: {}", frames(*.total), if *.total == 1 { "is" } else { "are" }, list(.held, *.total))]
     Held {
         /// The device.
         name: String,
@@ -106,6 +107,10 @@ pub enum UnregisterError {
     /// Nobody holds a frame, but the memory could not be given back to the system.
     #[error("cannot give the memory back: {0}")]
     Remove(Errno),
+}
+
+fn frames(n: usize) -> String {
+    format!("{n} frame{}", if n == 1 { "" } else { "s" })
 }
 
 fn list(held: &[Held], total: usize) -> String {
@@ -180,9 +185,11 @@ impl Pagemap {
 
     fn still_held(&self, tenants: &mut dyn Tenants) -> UnregisterError {
         let frames: Vec<(Pfn, u32)> = self.frames.in_use().collect();
+        let named: Vec<Pfn> = frames.iter().take(NAMED).map(|(pfn, _)| *pfn).collect();
+        let tenants = tenants.holders(self, &named);
         let held = frames.iter().take(NAMED).map(|&(pfn, refs)| {
             let mut holders = self.holders(pfn);
-            holders.extend(tenants.holders(self, pfn));
+            holders.extend(tenants.iter().filter(|(p, _)| *p == pfn).map(|(_, holder)| *holder));
             Held { pfn, refs, holders }
         });
         UnregisterError::Held { name: self.name().to_owned(), held: held.collect(), total: frames.len() }
