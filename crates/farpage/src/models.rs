@@ -42,6 +42,7 @@ fn ground() -> &'static Ground {
     GROUND.get_or_init(|| {
         let config = Config {
             dram: 8 << 20,
+            max_pinned: None,
             min_size: 1 << 20,
             strict: false,
             verbose: false,
@@ -133,12 +134,20 @@ impl Program {
         });
     }
 
-    /// Out of DRAM, all the way.
+    /// Out of DRAM, all the way: staged, and then settled in steps between which anything may happen.
     fn push_out(&self, hands: &mut Hands) {
         let space = self.ground.space;
-        let world = space.world.read();
-        if let Some(found) = world.ranges.granule(self.start) {
-            space.push_out(&world, &found, true, hands);
+        {
+            let world = space.world.read();
+            if let Some(found) = world.ranges.granule(self.start) {
+                space.push_out(&world, &found, false, hands);
+            }
+        }
+        for _ in 0..4 {
+            point::point();
+            if space.settle_next(&space.world.read(), hands).is_none() {
+                break;
+            }
         }
     }
 
