@@ -47,7 +47,7 @@ const CASES: &[(&str, &[&str])] = &[
             "brk",
         ],
     ),
-    ("races", &["unmap", "move", "drop", "give-up", "fork", "all"]),
+    ("races", &["unmap", "move", "drop", "fork", "all"]),
     ("sig", &["timers", "longjmp", "cancel", "threads", "masked", "together", "fatal"]),
     (
         "touch",
@@ -76,6 +76,9 @@ const UNMOVABLE: &[(&str, &str)] = &[
     ("races", "advise"),
     ("sig", "barrier"),
 ];
+/// Threads that touch what another drops at that moment get it from the kernel without our being asked: it is charged when the
+/// call is over, and may be a page or two above the budget.
+const GIVEN: &[(&str, &str)] = &[("races", "give-up")];
 /// Children that came into being past the C library run outside the budget.
 const OUTSIDE: &[(&str, &str)] = &[("fork", "raw-syscall"), ("fork", "raw-asm"), ("fork", "raw-fork")];
 
@@ -88,7 +91,7 @@ fn main() -> ExitCode {
     }
     // What is locked stays in DRAM because that was asked for, what is read-only because the kernel does not move it
     // (docs/guarantees.md).
-    for (name, case) in UNMOVABLE.iter().chain(OUTSIDE) {
+    for (name, case) in UNMOVABLE.iter().chain(GIVEN).chain(OUTSIDE) {
         tests.push(test(name, case, "16M", Expect { within_budget: false, ..Expect::PAGED }));
     }
     suite(tests)

@@ -7,8 +7,23 @@
 //!
 //! Mutations tried by hand, and the model that catches each:
 //!
-//! MUTATIONS
-#![allow(unsafe_code, reason = "the program's accesses to its memory")]
+//! | mutation | caught by |
+//! |---|---|
+//! | settling does not look whether a page was taken back while it was stored | `what_is_written_…` and three more, by SIGBUS |
+//! | what was stored for nothing is not put | `what_is_written_…` and three more |
+//! | settling forgets to put the old copy | `two_that_evict_…`, `forks_…` |
+//! | … where the page became same-filled | `what_is_written_…`, `forks_…`, `what_is_held_stays` |
+//! | a page with a copy is believed clean | `two_that_evict_…`, `forks_…` |
+//! | what is taken back stays marked as staged | all that move pages |
+//! | `take_back` without the granule's lock | all that move pages, by SIGBUS |
+//! | `bring_in` without the granules' locks | `what_is_written_…`, `drops_…` |
+//! | a staged page is brought in from its old copy | `what_is_written_…` and three more |
+//! | fork forgets the child's reference | `forks_…`, `drops_…` |
+//! | fork leaves its mark | none: the reaper settles it |
+//! | a discard keeps the entries; or clears them without a put | all that move pages |
+//! | `drop_copies` without the lock; or of pages that are away | `two_that_evict_…` |
+//! | evicting without the granules' locks | `what_is_written_…` and three more |
+LATER#![allow(unsafe_code, reason = "the program's accesses to its memory")]
 
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -42,6 +57,7 @@ fn ground() -> &'static Ground {
     GROUND.get_or_init(|| {
         let config = Config {
             dram: 8 << 20,
+            max_pinned: None,
             min_size: 1 << 20,
             strict: false,
             verbose: false,
@@ -133,12 +149,20 @@ impl Program {
         });
     }
 
-    /// Out of DRAM, all the way.
+    /// Out of DRAM, all the way: staged, and then settled in steps between which anything may happen.
     fn push_out(&self, hands: &mut Hands) {
         let space = self.ground.space;
-        let world = space.world.read();
-        if let Some(found) = world.ranges.granule(self.start) {
-            space.push_out(&world, &found, true, hands);
+        {
+            let world = space.world.read();
+            if let Some(found) = world.ranges.granule(self.start) {
+                space.push_out(&world, &found, false, hands);
+            }
+        }
+        for _ in 0..4 {
+            point::point();
+            if space.settle_next(&space.world.read(), hands).is_none() {
+                break;
+            }
         }
     }
 

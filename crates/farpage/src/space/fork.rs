@@ -154,8 +154,16 @@ impl Space {
         let mut ranges = std::mem::take(&mut world.ranges);
         let gone: Vec<(usize, usize)> =
             ranges.iter().filter(|r| r.not_for_children).map(|r| (r.start, r.end)).collect();
-        for (start, end) in gone {
-            ranges.take(start, end);
+        for &(start, end) in &gone {
+            // What is staged of them came along in the slots, where nobody would look for it: a slot that is thought empty
+            // would hold it still.
+            for range in ranges.take(start, end) {
+                for slot in range.iter().filter_map(|f| f.granule.slot()) {
+                    let staged = self.slots.staged(slot);
+                    self.slots.set_staged(slot, 0);
+                    self.retire(slot, staged);
+                }
+            }
         }
         // The parent's descriptors go, ours come.
         *world = World::open(Ranges::default(), &self.slots, self.mode)?;
@@ -170,6 +178,10 @@ impl Space {
         while let Some(run) = self.slots.take(super::range::GRANULE_PAGES) {
             crate::sys::drop_pages(self.slots.addr(run.slot, run.first), run.len * PAGE_SIZE);
             self.slots.used(run, run.len);
+        }
+        if !gone.is_empty() {
+            // Charged were its parent's pages, also those that it has not got.
+            self.slot().charge.store(self.counted(&self.world.read()), Ordering::SeqCst);
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use super::puts::Puts;
 use super::range::{Found, GRANULE, Range, flag};
 use super::{Space, World};
 use crate::PAGE_SIZE;
+use crate::domain::Counter;
 use crate::domain::entry::Entry;
 use crate::sys::Write;
 use crate::sys::uffd::Stop;
@@ -245,10 +246,16 @@ impl Space {
     }
 
     /// What was charged with `before` pages has `after` now. More than before, if another thread touched pages while they were
-    /// not registered: the kernel gave it those without asking.
+    /// not registered: the kernel gave it those without asking, and they may be above the budget.
     fn recharge(&self, before: u64, after: u64) {
         self.domain.uncharge(self.me(), before.saturating_sub(after));
-        self.domain.force_charge(self.me(), after.saturating_sub(before));
+        let given = after.saturating_sub(before);
+        if given > 0 {
+            self.domain.force_charge(self.me(), given);
+            let over = self.domain.charged().saturating_sub(self.domain.budget());
+            self.count(Counter::OverBudget, over.min(given));
+            self.wake_worker();
+        }
     }
 
     /// Gives up the copies, staged pages and entries of `[start, end)`, which lies in one granule.
