@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use crate::PAGE_SIZE;
 use crate::domain::{Counter, Slot, state};
-use crate::space::range::GRANULE_PAGES;
+use crate::space::range::{GRANULE, GRANULE_PAGES};
 use crate::space::slots::Run;
 use crate::space::{Space, World};
 use crate::sys::uffd::Stop;
@@ -253,6 +253,25 @@ impl Space {
                 };
                 let mut done = done / PAGE_SIZE;
                 let mut stop = stop;
+                if stop == Some(Stop::Gone) && n - done > 1 {
+                    // A boundary of mappings lies in between, probably one of granules: what comes before it, or one page.
+                    let at = dst + done * PAGE_SIZE;
+                    let before = (GRANULE - at % GRANULE) / PAGE_SIZE;
+                    for some in [before.min(n - done - 1), 1] {
+                        let (moved, why) = world.move_pages(
+                            &world.uffd,
+                            at,
+                            src + done * PAGE_SIZE,
+                            some * PAGE_SIZE,
+                            false,
+                        );
+                        if moved > 0 || why != Some(Stop::Gone) {
+                            done += moved / PAGE_SIZE;
+                            stop = why.or(Some(Stop::Gone));
+                            break;
+                        }
+                    }
+                }
                 if done < n && matches!(stop, Some(Stop::Invalid | Stop::Busy)) {
                     // A mapping that MOVE does not take (read-only, locked, executable): COPY does.
                     let rest = (n - done) * PAGE_SIZE;

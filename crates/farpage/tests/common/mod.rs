@@ -2,16 +2,21 @@
 #![allow(dead_code)] // each test binary uses some of it
 
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use farpage::PAGE_SIZE;
 use farpage::domain::{Config, Domain, Launcher};
 use farpage::space::Space;
 
+/// One at a time: the kernel tells every userfaultfd of a fork, and `fork` holds the locks of the C library's allocator until all
+/// have heard of it. Another space's handler that is just allocating would never get to hear.
+static ONE: Mutex<()> = Mutex::new(());
+
 /// A domain, its launcher, and this process's space in it.
 pub struct Managed {
     pub space: &'static Space,
     launcher: Mutex<Launcher>,
+    _one: MutexGuard<'static, ()>,
 }
 
 fn start_threads(space: &'static Space) {
@@ -23,6 +28,7 @@ fn start_threads(space: &'static Space) {
 impl Managed {
     /// With `dram` bytes and these devices.
     pub fn new(dram: usize, devices: &[&str]) -> Self {
+        let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let config = Config {
             dram: dram as u64,
             min_size: 0,
@@ -36,7 +42,7 @@ impl Managed {
         let domain = Domain::attach(&launcher.env_value()).unwrap();
         let space: &'static Space = Box::leak(Box::new(Space::new(domain).unwrap()));
         start_threads(space);
-        Self { space, launcher: Mutex::new(launcher) }
+        Self { space, launcher: Mutex::new(launcher), _one }
     }
 
     /// Managed memory.
