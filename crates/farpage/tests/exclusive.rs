@@ -22,7 +22,7 @@ fn the_device_has_it_until_the_cpu_touches_it() {
     assert_eq!(m.resident_count(), 0);
     // The device reads what the CPU wrote and writes what the CPU reads, over page boundaries.
     let mut seen = vec![0; 3 * PAGE_SIZE];
-    device.read(m.at(4) + 100, &mut seen).unwrap();
+    device.read(m.at(4) + 32, &mut seen).unwrap();
     assert_eq!(seen[..8], [4u64.to_ne_bytes()].concat()[..]);
     device.write(m.at(9) + 4000, &[7; 200]).unwrap();
     assert_eq!(device.pages(), 256);

@@ -201,16 +201,10 @@ impl Space {
         if first + done <= i {
             match stop {
                 Some(Stop::Again) => outcome = Outcome::Later,
-                // The run reaches over a boundary of mappings: the page alone.
-                Some(Stop::Gone) if len > 1 => {
-                    let src = self.slots.addr(slot, i);
-                    if world.move_pages(&world.uffd, addr, src, PAGE_SIZE, false).0 == PAGE_SIZE {
-                        back |= slots::mask(i, 1);
-                    }
-                }
                 Some(Stop::Gone) => {}
                 _ => {
-                    // MOVE does not take this mapping (read-only, locked), or the page is shared since a fork.
+                    // MOVE does not take this mapping (read-only, locked, or more than one), or the page is shared since a
+                    // fork.
                     let src = self.slots.addr(slot, i);
                     if world.uffd.copy(addr, src, PAGE_SIZE).0 == PAGE_SIZE {
                         self.forget_frames(slot, slots::mask(i, 1));
