@@ -45,6 +45,9 @@ fn the_device_has_it_until_the_cpu_touches_it() {
 
 #[test]
 fn a_fork_takes_everything_back() {
+    if !common::alone("a_fork_takes_everything_back") {
+        return;
+    }
     let managed = Managed::new(64 * MIB, &["mem:16M"]);
     let m = managed.map(MIB);
     (0..256).for_each(|i| m.write(i, i as u64));
@@ -117,6 +120,9 @@ fn a_device_is_compacted_and_shrinks_while_in_use() {
 
 #[test]
 fn shared_frames_stay_and_are_told() {
+    if !common::alone("shared_frames_stay_and_are_told") {
+        return;
+    }
     let managed = Managed::new(64 * MIB, &["mem:16M"]);
     let m = managed.map(4 * MIB);
     (0..1024).for_each(|i| m.write(i, i as u64));

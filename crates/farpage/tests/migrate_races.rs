@@ -222,6 +222,9 @@ fn memory_that_is_unmapped_dropped_and_moved_meanwhile() {
 
 #[test]
 fn forks() {
+    if !common::alone("forks") {
+        return;
+    }
     let managed = Managed::new(16 * MIB, &["mem:32M", "ram:32M"]);
     let m = managed.map(PAGES * PAGE_SIZE);
     (0..PAGES).for_each(|i| m.write(i, i as u64));

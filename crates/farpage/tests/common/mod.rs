@@ -8,8 +8,7 @@ use farpage::PAGE_SIZE;
 use farpage::domain::{Config, Domain, Launcher};
 use farpage::space::Space;
 
-/// One at a time: the kernel tells every userfaultfd of a fork, and `fork` holds the locks of the C library's allocator until all
-/// have heard of it. Another space's handler that is just allocating would never get to hear.
+/// One at a time; and tests that fork run [`alone`].
 static ONE: Mutex<()> = Mutex::new(());
 
 /// A domain, its launcher, and this process's space in it.
@@ -95,6 +94,22 @@ impl Managed {
             }
         }
     }
+}
+
+/// Whether this process runs this test and no other; if not, runs it in one that does. The kernel tells every userfaultfd of a
+/// fork, and `fork` holds the locks of the C library's allocator until all have heard of it: the handlers of other tests'
+/// spaces, which live on, would wait for those locks and never get to hear.
+pub fn alone(test: &str) -> bool {
+    if std::env::var_os("FARPAGE_TEST_ALONE").is_some() {
+        return true;
+    }
+    let status = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([test, "--exact", "--nocapture"])
+        .env("FARPAGE_TEST_ALONE", "1")
+        .status()
+        .unwrap();
+    assert!(status.success());
+    false
 }
 
 /// Waits for a child: whether it ended well.
