@@ -23,7 +23,7 @@
 //! | a discard keeps the entries; or clears them without a put | all that move pages |
 //! | `drop_copies` without the lock; or of pages that are away | `two_that_evict_…` |
 //! | evicting without the granules' locks | `what_is_written_…` and three more |
-LATER#![allow(unsafe_code, reason = "the program's accesses to its memory")]
+#![allow(unsafe_code, reason = "the program's accesses to its memory")]
 
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};

@@ -221,6 +221,9 @@ fn to_another_device_with_failures_on_both_sides() {
 
 #[test]
 fn after_a_fork_each_has_its_own_and_counts_agree() {
+    if !managed::alone("after_a_fork_each_has_its_own_and_counts_agree") {
+        return;
+    }
     let managed = Managed::new(64 * MIB, &["mem:32M"]);
     let m = managed.map(2 * MIB);
     (0..512).for_each(|i| m.write(i, i as u64));

@@ -159,6 +159,9 @@ fn unmapping_and_dropping_pinned_memory_is_allowed() {
 
 #[test]
 fn a_child_inherits_no_pins_and_a_write_pin_is_on_its_own_page() {
+    if !managed::alone("a_child_inherits_no_pins_and_a_write_pin_is_on_its_own_page") {
+        return;
+    }
     let managed = Managed::new(64 * MIB, &["mem:16M"]);
     let m = managed.map(MIB);
     (0..256).for_each(|i| m.write(i, i as u64));

@@ -2,27 +2,38 @@
 #![allow(dead_code)] // each test binary uses some of it
 
 use std::ops::Range;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use farpage::PAGE_SIZE;
 use farpage::domain::{Config, Domain, Launcher};
 use farpage::space::Space;
 
+/// One at a time; and tests that fork run [`alone`].
+static ONE: Mutex<()> = Mutex::new(());
+
 /// A domain, its launcher, and this process's space in it.
 pub struct Managed {
     pub space: &'static Space,
     launcher: Mutex<Launcher>,
+    _one: MutexGuard<'static, ()>,
 }
 
 fn start_threads(space: &'static Space) {
     std::thread::spawn(move || farpage::reclaim::worker::run(space));
     std::thread::spawn(move || farpage::fault::handler::run(space, 0));
     space.set_running(|_| false);
+    // Both have to be past what a new thread does with the C library's locks, or a fork that comes now waits for ever.
+    let page = Memory::map(space, PAGE_SIZE);
+    // SAFETY: our own page.
+    unsafe { (page.addr as *mut u8).write_volatile(0) };
+    space.page_out(page.addr, page.addr + PAGE_SIZE, true);
+    assert_eq!(page.bytes(0), [0; PAGE_SIZE]);
 }
 
 impl Managed {
     /// With `dram` bytes and these devices.
     pub fn new(dram: usize, devices: &[&str]) -> Self {
+        let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let config = Config {
             dram: dram as u64,
             min_size: 0,
@@ -36,7 +47,7 @@ impl Managed {
         let domain = Domain::attach(&launcher.env_value()).unwrap();
         let space: &'static Space = Box::leak(Box::new(Space::new(domain).unwrap()));
         start_threads(space);
-        Self { space, launcher: Mutex::new(launcher) }
+        Self { space, launcher: Mutex::new(launcher), _one }
     }
 
     /// Managed memory.
@@ -89,6 +100,22 @@ impl Managed {
             }
         }
     }
+}
+
+/// Whether this process runs this test and no other; if not, runs it in one that does. The kernel tells every userfaultfd of a
+/// fork, and `fork` holds the locks of the C library's allocator until all have heard of it: the handlers of other tests'
+/// spaces, which live on, would wait for those locks and never get to hear.
+pub fn alone(test: &str) -> bool {
+    if std::env::var_os("FARPAGE_TEST_ALONE").is_some() {
+        return true;
+    }
+    let status = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([test, "--exact", "--nocapture"])
+        .env("FARPAGE_TEST_ALONE", "1")
+        .status()
+        .unwrap();
+    assert!(status.success());
+    false
 }
 
 /// Waits for a child: whether it ended well.
