@@ -20,9 +20,14 @@
 //! | a staged page is brought in from its old copy | `what_is_written_…` and three more |
 //! | fork forgets the child's reference | `forks_…`, `drops_…` |
 //! | fork leaves its mark | none: the reaper settles it |
+//! | a discard keeps what is staged | not tried since the models settle in steps |
 //! | a discard keeps the entries; or clears them without a put | all that move pages |
 //! | `drop_copies` without the lock; or of pages that are away | `two_that_evict_…` |
 //! | evicting without the granules' locks | `what_is_written_…` and three more |
+//! | evicting does not say that it moves; holding does not wait for it; evicting does not look at holds | `what_is_held_stays` |
+//! | the reaper forgets the puts | `forks_…`, `drops_…` |
+//! | `Mail::send` does not look again, or takes back what is there no more | `mail_is_served_once` |
+//! | `Mail::sleep` looks before it says so; `take` is a load and a store | `mail_is_served_once` |
 #![allow(unsafe_code, reason = "the program's accesses to its memory")]
 
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};

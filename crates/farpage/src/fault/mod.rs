@@ -83,6 +83,8 @@ pub struct Faults {
     pub(crate) follow: follow::Follow,
     /// See [`mail`].
     mail: mail::Mail,
+    /// Pages of this process, or of the one that it was forked from, have been poisoned.
+    poisoned: AtomicBool,
 }
 
 impl Faults {
@@ -99,6 +101,7 @@ impl Faults {
             managers: [const { AtomicU32::new(0) }; MANAGERS],
             follow: follow::Follow::new(),
             mail: mail::Mail::new(),
+            poisoned: AtomicBool::new(false),
         }
     }
 
@@ -122,6 +125,14 @@ impl Faults {
 
     pub(crate) fn set_raw_changes(&self) {
         self.raw_changes.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn set_poisoned(&self) {
+        self.poisoned.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn has_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::SeqCst)
     }
 
     pub(crate) fn raw_changes(&self) -> bool {

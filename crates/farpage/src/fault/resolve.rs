@@ -433,6 +433,7 @@ impl Space {
             self.entries.set(addr, Entry::Lost);
             map.put_in_transit(&[pfn], self.me());
         }
+        self.faults.set_poisoned();
         self.count(Counter::Poisoned, 1);
     }
 

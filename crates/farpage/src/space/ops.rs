@@ -135,10 +135,21 @@ impl Space {
             if f.granule.has(flag::GRANTED) {
                 pages += ((e - s) / PAGE_SIZE) as u64;
             } else if !f.granule.has(flag::VIRGIN) {
-                pages += world.resident(s, e);
+                pages += self.in_dram(world, &f, s, e);
             }
         }
         pages
+    }
+
+    /// Pages of `[start, end)`, which lies in one granule, that are in DRAM. To the kernel the mark of a poisoned page is one,
+    /// too, but nobody is charged for it.
+    fn in_dram(&self, world: &World, found: &Found<'_>, start: usize, end: usize) -> u64 {
+        let there = world.resident(start, end);
+        if there == 0 || !self.faults.has_poisoned() || !found.granule.has(flag::ENTRIES) {
+            return there;
+        }
+        let lost = (start..end).step_by(PAGE_SIZE).filter(|&at| self.entries.get(at) == Entry::Lost).count();
+        there.saturating_sub(lost as u64)
     }
 
     /// `munmap` (or any call that replaces what is mapped at `[start, end)`), with the kernel's part in `call`.
@@ -228,7 +239,7 @@ impl Space {
         let charged_by_page = |w: &World| {
             let all = w.ranges.granules(start, end);
             all.filter(|(f, ..)| !f.granule.has(flag::GRANTED | flag::VIRGIN))
-                .map(|(_, s, e)| w.resident(s, e))
+                .map(|(f, s, e)| self.in_dram(w, &f, s, e))
                 .sum::<u64>()
         };
         let before = charged_by_page(world);
