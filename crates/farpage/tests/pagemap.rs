@@ -319,6 +319,14 @@ fn a_paging_device_gives_back_all_that_it_took() {
     }
 }
 
+/// Also when the test fails: its threads end.
+struct StopAtEnd<'a>(&'a AtomicBool);
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn unregistering_amid_users() {
     for round in 0..30u64 {
@@ -342,6 +350,7 @@ fn unregistering_amid_users() {
                         }
                     });
                 }
+                let _stop = StopAtEnd(&stop);
                 std::thread::sleep(Duration::from_micros(200 * (round % 5)));
                 let failed = map.unregister(&mut (), ME, Duration::from_millis(2));
                 assert!(failed.is_err(), "{memory_type:?}: four frames are held");
@@ -350,7 +359,6 @@ fn unregistering_amid_users() {
                 map.unregister(&mut (), ME, LONG).unwrap();
                 assert!(start.elapsed() < LONG / 2);
                 assert_eq!(map.frames.used(), 0);
-                stop.store(true, Ordering::Relaxed);
             });
             assert_eq!(map.frames.used(), 0, "{memory_type:?}: nothing was given out after the end");
             assert_eq!(map.ledger.iter().count(), 0);

@@ -43,7 +43,16 @@
 //!
 //! | mutation | caught by |
 //! |---|---|
-//! MUTATIONS
+//! | `page_free` is not called; is called twice | `one_life_for_every_type`; and many more |
+//! | allocating, or `get`, while unregistering | `unregistering_waits_and_says_for_whom` |
+//! | unregistering does not wait for frames | `unregistering_waits_and_says_for_whom` |
+//! | … for live references | `a_lookup_finds_the_pagemap_until_it_goes`, `a_dead_process_keeps_nothing_alive` |
+//! | … leaves a `ram` device's memory, a `file` device's blocks | `a_paging_device_gives_back_all_that_it_took` |
+//! | a child's drop of a hold puts; a child inherits mappings | `a_child_does_not_inherit_a_mapping` |
+//! | the memory of free frames stays | `a_mapped_page_has_a_reference_and_the_last_unmap_frees_it` |
+//! | peer memory is mapped for everyone | `peer_memory_is_in_use_from_its_allocation_and_mapped_on_request` |
+//! | reaping forgets the ledger | `what_a_killed_process_held_is_given_back`, `model_equals_pagemap` |
+//! | overlapping ranges | `registering_says_what_is_wrong` |
 
 use arrayvec::ArrayVec;
 
