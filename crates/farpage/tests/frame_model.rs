@@ -18,11 +18,13 @@ struct Memory {
 }
 
 fn memory(frames: usize) -> Memory {
-    let words: &'static [AtomicU32] = Vec::leak((0..frames).map(|_| AtomicU32::new(0)).collect());
-    let hints: &'static [AtomicU64] =
-        Vec::leak((0..frames.div_ceil(64)).map(|_| AtomicU64::new(0)).collect());
+    let rounded = frames.next_multiple_of(64);
+    let words: &'static [AtomicU32] = Vec::leak((0..rounded).map(|_| AtomicU32::new(0)).collect());
+    let hints: &'static [AtomicU64] = Vec::leak((0..rounded / 64).map(|_| AtomicU64::new(0)).collect());
     let head: &'static [AtomicU32] = Vec::leak((0..3).map(|_| AtomicU32::new(0)).collect());
-    Memory { words, hints, table: FrameTable::new(words, hints, &head[0], &head[1], &head[2]) }
+    let table = FrameTable::new(words, hints, &head[0], &head[1], &head[2]);
+    let ranges = [0..frames as u32; 1];
+    Memory { words, hints, table: table.limited_to(&ranges) }
 }
 
 #[derive(Debug, Clone)]
@@ -252,7 +254,7 @@ fn model_lost_hints_are_found_again() {
     let all: Vec<_> = std::iter::from_fn(|| m.table.alloc(1)).collect();
     assert!(m.table.put_in_transit(all[66], 1));
     // He died between the two halves of `release`.
-    m.words[66].store(0, Ordering::Relaxed);
+    m.words[m.table.place(66)].store(0, Ordering::Relaxed);
     assert_eq!(m.table.alloc(2), None);
     m.table.format();
     assert_eq!(m.table.alloc(2), Some(66));
@@ -264,7 +266,7 @@ fn model_memory_of_unused_frames_is_not_looked_at() {
     let pfn = m.table.alloc(1).unwrap();
     assert!(pfn < 64);
     // A word beyond the mark: it would show.
-    m.words[64 * 500].store(1 | 2 << 20, Ordering::Relaxed);
+    m.words[m.table.place(64 * 500)].store(1 | 2 << 20, Ordering::Relaxed);
     assert_eq!(m.table.used(), 1);
     assert!(m.table.in_transit(2).is_empty());
 }
@@ -314,4 +316,18 @@ fn model_waiting_for_idle() {
         let (idle, after) = waiter.join().unwrap();
         assert!(idle && after < Duration::from_secs(10));
     });
+}
+
+#[test]
+fn model_neighbours_are_on_different_cache_lines() {
+    let table = memory(256).table;
+    let mut places: Vec<usize> = (0..256).map(|pfn| table.place(pfn)).collect();
+    for pair in places.windows(4) {
+        let lines: std::collections::HashSet<usize> = pair.iter().map(|place| place / 16).collect();
+        assert_eq!(lines.len(), 4);
+    }
+    // A group of 64 is four lines, and every frame has a place of its own.
+    assert!(places.iter().enumerate().all(|(pfn, place)| pfn / 64 == place / 64));
+    places.sort_unstable();
+    assert_eq!(places, (0..256).collect::<Vec<_>>());
 }

@@ -28,11 +28,12 @@ fn leak<T>(value: T) -> &'static T {
 }
 
 fn world(frames: usize) -> Arc<World> {
-    let words = Vec::leak((0..frames).map(|_| AtomicU32::new(0)).collect());
+    let words = Vec::leak((0..64).map(|_| AtomicU32::new(0)).collect());
     let hints = Vec::leak(vec![AtomicU64::new(0)]);
+    let ranges = [0..frames as Pfn; 1];
     let [cursor, waiters, high] = [(); 3].map(|()| leak(AtomicU32::new(0)));
     Arc::new(World {
-        table: FrameTable::new(words, hints, cursor, waiters, high),
+        table: FrameTable::new(words, hints, cursor, waiters, high).limited_to(&ranges),
         storage: (0..frames).map(|_| UnsafeCell::new(0)).collect(),
         entries: [(); 4].map(|()| AtomicU32::new(0)),
     })

@@ -300,6 +300,10 @@ impl Device for Inject {
         self.inner.repair(owner);
     }
 
+    fn remove(&self, owner: Owner) -> Result<(), rustix::io::Errno> {
+        self.inner.remove(owner)
+    }
+
     fn soon(&self, pfns: &mut dyn Iterator<Item = Pfn>) {
         self.inner.soon(pfns);
     }

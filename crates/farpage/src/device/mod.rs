@@ -8,10 +8,14 @@ use crate::sys::SharedArea;
 mod file;
 mod inject;
 mod mem;
+pub mod memory;
+mod ops;
 mod ram;
 pub mod spec;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
+
+pub use ops::{Driver, MemoryType, PagemapOps};
 
 /// A page's checksum: the low 96 bits of its 128-bit XXH3. Equal checksums mean equal pages (the chance
 /// of an error is 2⁻⁹⁶ a comparison); 96 bits keep the metadata of a page within 24 bytes.
@@ -121,6 +125,12 @@ pub trait Device: Send + Sync {
     fn shrunk(&self, first: Pfn, end: Pfn) -> u64 {
         let _frames = (first, end);
         0
+    }
+    /// All frames are free and nobody can get one: gives what is still held of the system's memory or storage back.
+    /// (Nothing, where freeing the frames has done it.)
+    fn remove(&self, owner: Owner) -> Result<(), rustix::io::Errno> {
+        let _owner = owner;
+        Ok(())
     }
     /// How full it is.
     fn usage(&self) -> Usage;

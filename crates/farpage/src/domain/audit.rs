@@ -68,18 +68,26 @@ struct Kind {
 
 /// Every kind of reference that outlives a single call. Whoever makes another kind adds it here; it has to be found from
 /// outside its process, as the one who gives back what a killed process held has to find it, too.
-const KINDS: &[Kind] = &[Kind { name: "page entries", walk: page_entries }];
+const KINDS: &[Kind] =
+    &[Kind { name: "page entries", walk: page_entries }, Kind { name: "holds", walk: holds }];
+
+/// What is not in a page entry is in the ledger of its pagemap: mappings, pins, drivers' allocations.
+fn holds(domain: &Domain, owner: Owner, found: Found<'_>) -> Result<(), DomainError> {
+    for map in &domain.pagemaps {
+        for (_, extent) in map.ledger.of(owner) {
+            (extent.pfn..extent.pfn + extent.len).for_each(|pfn| found((map.id, pfn)));
+        }
+    }
+    Ok(())
+}
 
 /// Mapped and clean copies alike: each entry that names a frame holds one reference.
 fn page_entries(domain: &Domain, owner: Owner, found: Found<'_>) -> Result<(), DomainError> {
-    let window = domain.map_window(owner)?;
-    domain.each_entry(owner, &window, |e| {
+    domain.for_entries(owner, |_, e| {
         if let Some(frame) = e.frame() {
             found(frame);
         }
-    });
-    window.unmap();
-    Ok(())
+    })
 }
 
 /// How long to wait before each further look.

@@ -96,11 +96,6 @@ impl Entries {
         // Release: a reaper that sees the entry sees the count that goes with it.
         self.words[addr / crate::PAGE_SIZE].store(e.encode(), Ordering::Release);
     }
-
-    /// The words themselves.
-    pub(super) fn raw(&self) -> &'static [AtomicU64] {
-        self.words
-    }
 }
 
 #[cfg(test)]

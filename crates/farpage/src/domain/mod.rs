@@ -8,6 +8,7 @@ mod layout;
 mod reap;
 mod slot;
 mod stats;
+mod tenants;
 mod walk;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,11 +24,12 @@ pub use layout::{ADDRESS_LIMIT, SLOT_COUNT, WINDOW};
 pub use reap::Launcher;
 pub use slot::{Counter, Slot, state};
 pub use stats::{DeviceStats, Stats};
+pub use tenants::DomainTenants;
 
 use crate::device::spec::{SetupError, Spec};
 use crate::device::{Attach, Device};
-use crate::frame::Owner;
-use crate::pagemap::Pagemap;
+use crate::frame::{Owner, Pfn};
+use crate::pagemap::{Live, Pagemap, RefError, RegisterError, Registration};
 use crate::sys::{Peers, SharedArea, SharedMap};
 
 /// Environment variable that names the domain's segment to the processes of the tree.
@@ -73,6 +75,14 @@ pub enum DomainError {
         device: String,
         /// The reason.
         source: SetupError,
+    },
+    /// A device's memory could not be registered, or is not registered any more.
+    #[error("device {device}: {source}")]
+    Register {
+        /// Its specification.
+        device: String,
+        /// The reason.
+        source: RegisterError,
     },
     /// The segment is not one of ours, or of another version.
     #[error("not a farpage segment")]
@@ -250,12 +260,19 @@ impl Domain {
             at += counts_len(spec.frames()) + own_len(spec);
             let attach = Attach { area, path: path.clone(), peers: peers.clone(), create };
             let device = spec.attach(attach).map_err(|source| device_err(spec, source))?;
-            pagemaps.push(Pagemap::register(id as u8, device, counts, create));
+            let what = Registration::paging(id as u8, device);
+            let map = Pagemap::register(what, counts, create)
+                .map_err(|source| DomainError::Register { device: spec.to_string(), source })?;
+            pagemaps.push(map);
         }
         for device in own {
             let counts = map.area(at, counts_len(device.frames()));
             at += counts.len();
-            pagemaps.push(Pagemap::register(pagemaps.len() as u8, device, counts, create));
+            let name = device.name().to_owned();
+            let what = Registration::paging(pagemaps.len() as u8, device);
+            let map = Pagemap::register(what, counts, create)
+                .map_err(|source| DomainError::Register { device: name, source })?;
+            pagemaps.push(map);
         }
         let w = map.area(layout::HEADER / 2, layout::HEADER / 2).atomics64();
         let w32 = map.area(layout::HEADER - 64, 64).atomics32();
@@ -343,6 +360,14 @@ impl Domain {
     pub fn changed(&self) {
         self.words.epoch.fetch_add(1, Ordering::AcqRel);
         crate::sys::futex_wake(self.words.epoch, i32::MAX);
+    }
+
+    /// The pagemap of frame `pfn` of device `id`, kept from being unregistered while the result lives.
+    ///
+    /// # Errors
+    /// As [`crate::pagemap::lookup`].
+    pub fn lookup(&self, id: u8, pfn: Pfn, owner: Owner) -> Result<Live<'_>, RefError> {
+        crate::pagemap::lookup(&self.pagemaps, id, pfn, owner)
     }
 
     /// The pagemap with this number.

@@ -161,7 +161,7 @@ impl Domain {
         slot.charge.store(0, Ordering::SeqCst);
         slot.pinned.store(0, Ordering::SeqCst);
         // Before the slot can be another's: locks that the dead process held, changes that it left half done.
-        d.pagemaps.iter().for_each(|map| map.device.repair(by));
+        d.pagemaps.iter().for_each(|map| map.repair(owner, by));
         let mut held = false;
         match d.map_window(owner) {
             Ok(window) => {
@@ -195,7 +195,7 @@ impl Domain {
         let transit: Vec<Vec<Pfn>> = d.pagemaps.iter().map(|p| p.frames.in_transit(owner)).collect();
         let mut published = vec![Vec::new(); transit.len()];
         let mut held: Vec<Vec<Pfn>> = vec![Vec::new(); transit.len()];
-        d.each_entry(owner, window, |e| {
+        d.each_entry(owner, window, |_, e| {
             if let Some((dev, pfn)) = e.frame() {
                 if transit[dev as usize].contains(&pfn) {
                     published[dev as usize].push(pfn);
@@ -206,16 +206,17 @@ impl Domain {
         let any = held.iter().any(|h| !h.is_empty());
         for (i, map) in d.pagemaps.iter().enumerate() {
             for &pfn in &transit[i] {
-                if map.frames.recover(pfn, owner, published[i].contains(&pfn)) {
+                let published = published[i].contains(&pfn) || map.ledger.publishes(owner, pfn);
+                if map.frames.recover(pfn, owner, published) {
                     map.free(&[pfn], by);
                 }
             }
             for batch in held[i].chunks(256) {
                 // Without a mark of ours: nobody reaps us, and another dead process's mark on one of them is ours to
                 // clear, later.
-                let last: Vec<Pfn> = batch.iter().copied().filter(|&p| map.frames.put(p, by)).collect();
-                map.free(&last, by);
+                map.put(batch, by);
             }
+            map.put_holds(owner, by);
         }
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         if let Err(e) = rustix::fs::fallocate(&d.file, hole, layout::window_offset(owner), WINDOW as u64) {

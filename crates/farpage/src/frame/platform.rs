@@ -120,8 +120,9 @@ mod modelled {
     /// As the kernel's: sleeps if the word has the value, until a wake. No timeout in models: a lost wake is
     /// then a deadlock, which loom reports.
     pub fn futex_wait(word: &AtomicU32, expected: u32, _timeout: Option<Duration>) {
+        step();
         let held = FUTEX.0.lock().expect("no model panics with it held");
-        if word.load(Ordering::SeqCst) == expected {
+        if word.0.load(Ordering::SeqCst) == expected {
             drop(FUTEX.1.wait(held));
         }
     }

@@ -1,18 +1,67 @@
 //! Pagemaps: a registered range of a device's frames with a memory type (Linux: `dev_pagemap`).
 //!
-//! Here the counts of [`crate::frame`] and the storage of [`crate::device`] meet: allocation takes a frame
-//! from 0 to 1, and the last `put`, of whatever type, runs the one path that hands it back.
+//! Here the counts of [`crate::frame`] and the driver of a device meet: allocation takes a frame from 0 to 1, and the
+//! last `put`, of whatever type, runs the one path that hands it back.
+//!
+//! | to do | call |
+//! |---|---|
+//! | bring a device's frames in | [`Pagemap::register`] |
+//! | find the pagemap of a frame, and keep it for a moment | [`lookup`], [`Pagemap::live`] |
+//! | take a free frame; one more reference; drop references | [`Pagemap::try_alloc`], [`Pagemap::get`], [`Pagemap::put`] |
+//! | hold frames outside of page entries, so that a killed process's are found | [`Hold`] |
+//! | reach the memory itself | [`Mapping`] |
+//! | take the device away | [`Pagemap::unregister`] |
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use farpage::device::memory::MemorySpec;
+//! use farpage::pagemap::{Pagemap, Registration};
+//! use farpage::sys::SharedArea;
+//!
+//! const ME: u16 = 1; // this process's slot
+//! let memory = "generic:memfd:4M".parse::<MemorySpec>()?.create()?;
+//! let counts = SharedArea::anonymous(Pagemap::shared_len(memory.frames()))?;
+//! let map = Pagemap::register(Registration::memory(0, memory), counts, true)?;
+//!
+//! let two = map.map_new(ME, 8192, 4096)?;
+//! let again = map.map(ME, two.hold().pfn(), 4096)?;
+//! two.write(0, b"hello");
+//! assert_eq!(map.frames.count(two.hold().pfn()), 2);
+//!
+//! drop(two);
+//! let error = map.unregister(&mut (), ME, Duration::ZERO).unwrap_err();
+//! assert!(error.to_string().contains("frame 0 (1 reference: 1 mapping of process slot 1)"));
+//! drop(again);
+//! map.unregister(&mut (), ME, Duration::ZERO)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # What checks what
+//!
+//! Mutations tried by hand, and the tests that catch each (`tests/pagemap.rs`, `mapping.rs`, `pagemap_model.rs`):
+//!
+//! | mutation | caught by |
+//! |---|---|
+//! MUTATIONS
 
-use crate::device::{Device, DeviceError, LoadOp, Sum};
-use crate::frame::{FrameTable, GetError, Owner, Pfn};
-use crate::sys::SharedArea;
+use arrayvec::ArrayVec;
 
-/// How the CPU reaches a device's pages, and whether they move (Linux: `enum memory_type`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MemoryType {
-    /// Not reachable by the CPU: moves to DRAM on a fault.
-    Private,
-}
+use crate::device::{DeviceError, LoadOp, Sum};
+pub use crate::device::{Driver, MemoryType, PagemapOps};
+use crate::frame::ledger::Ledger;
+use crate::frame::live::{self, Phase};
+use crate::frame::{BATCH, FrameTable, GetError, Owner, Pfn};
+
+mod hold;
+mod mapping;
+mod register;
+mod unregister;
+
+pub use hold::{Hold, HoldError};
+pub use mapping::{MapError, Mapping};
+pub use register::{DriverId, RANGE_ALIGN, RegisterError, Registration};
+pub use unregister::{Held, Holder, Tenants, UnregisterError};
 
 /// How often a load is tried.
 const ATTEMPTS: u64 = 3;
@@ -25,36 +74,106 @@ pub struct Pagemap {
     pub memory_type: MemoryType,
     /// The counts.
     pub frames: FrameTable,
-    /// The storage.
-    pub device: Box<dyn Device>,
     /// Frames from this number on are not allocated; 0: there is no such limit. Shared, as the counts are.
     limit: &'static std::sync::atomic::AtomicU32,
+    /// The driver, as a device that stores and loads pages.
+    pub device: Driver,
+    /// Whose the memory is: pagemaps of one driver have the same.
+    pub driver: DriverId,
+    live: live::Live,
+    /// References that are in no page entry.
+    pub ledger: Ledger,
+    /// One thread of a process at a time changes the ledger, so that a mark and a record that moves belong together.
+    holding: crate::sys::Mutex<()>,
+}
+
+/// Why a pagemap gives no new references.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotLive {
+    /// [`Pagemap::unregister`] has begun.
+    #[error("the memory is being unregistered")]
+    Unregistering,
+    /// It has ended, or registering has not.
+    #[error("the memory is not registered")]
+    Unregistered,
+}
+
+/// Why a frame could not be allocated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum AllocError {
+    /// See [`NotLive`].
+    #[error(transparent)]
+    NotLive(#[from] NotLive),
+    /// No frame, or no run of so many, is free.
+    #[error("no free frame")]
+    Full,
+}
+
+/// Why a reference could not be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RefError {
+    /// See [`NotLive`].
+    #[error(transparent)]
+    NotLive(#[from] NotLive),
+    /// The frame is in none of the pagemap's ranges, or there is no pagemap of that number.
+    #[error("no such frame")]
+    NoFrame,
+    /// See [`GetError`].
+    #[error(transparent)]
+    Frame(#[from] GetError),
+}
+
+/// A pagemap that is not unregistered while this lives. Short-lived, like a lock's guard: unregistering waits for it.
+/// Not to be taken into a forked child.
+pub struct Live<'a> {
+    map: &'a Pagemap,
+    owner: Owner,
+}
+
+impl std::ops::Deref for Live<'_> {
+    type Target = Pagemap;
+
+    fn deref(&self) -> &Pagemap {
+        self.map
+    }
+}
+
+impl Drop for Live<'_> {
+    fn drop(&mut self) {
+        self.map.live.put(self.owner);
+    }
+}
+
+/// The pagemap of frame `pfn` of device `id`, with a live reference for `owner` (Linux: `get_dev_pagemap`).
+///
+/// # Errors
+/// [`RefError::NoFrame`]; [`RefError::NotLive`] once unregistering has begun.
+pub fn lookup(maps: &[Pagemap], id: u8, pfn: Pfn, owner: Owner) -> Result<Live<'_>, RefError> {
+    let map =
+        maps.get(usize::from(id)).filter(|map| map.id == id && map.has(pfn)).ok_or(RefError::NoFrame)?;
+    Ok(map.live(owner)?)
 }
 
 impl Pagemap {
-    /// Bytes of shared memory for the counts of `frames` frames.
-    pub fn shared_len(frames: u32) -> usize {
-        FrameTable::shared_len(frames as usize)
+    /// The driver's name, for messages.
+    pub fn name(&self) -> &str {
+        self.device.ops().name()
     }
 
-    /// Registers a device's frames; `area` is shared memory of [`Pagemap::shared_len`] bytes. `create`: the
-    /// area is fresh.
-    pub fn register(id: u8, device: Box<dyn Device>, area: SharedArea, create: bool) -> Self {
-        let n = device.frames() as usize;
-        let (head, rest) = area.split(64);
-        let (words, hints) = rest.split(n.next_multiple_of(64) * 4);
-        let head = head.atomics32();
-        let frames =
-            FrameTable::new(&words.atomics32()[..n], hints.atomics64(), &head[0], &head[1], &head[2]);
-        if create {
-            frames.format();
+    /// Whether the frame is in one of its ranges.
+    pub fn has(&self, pfn: Pfn) -> bool {
+        pfn.checked_add(1).is_some_and(|end| self.frames.covers(pfn, end))
+    }
+
+    /// A live reference for `owner`.
+    ///
+    /// # Errors
+    /// [`NotLive`] once unregistering has begun.
+    pub fn live(&self, owner: Owner) -> Result<Live<'_>, NotLive> {
+        if self.live.try_get(owner) {
+            return Ok(Live { map: self, owner });
         }
-        Self { id, memory_type: MemoryType::Private, frames, device, limit: &head[3] }
-    }
-
-    /// Allocates a frame for `owner`, in transit until [`FrameTable::settle`].
-    pub fn alloc(&self, owner: Owner) -> Option<Pfn> {
-        self.frames.alloc_below(self.limit(), owner)
+        Err(self.not_live())
     }
 
     /// Frames from this number on are not allocated.
@@ -71,30 +190,97 @@ impl Pagemap {
         self.limit.store(limit.max(1), std::sync::atomic::Ordering::SeqCst);
     }
 
-    /// One more reference for `owner`, in transit; waits out another's transfer.
+    /// What is to be said when a live reference could not be had.
+    fn not_live(&self) -> NotLive {
+        match self.live.phase() {
+            Phase::Fresh | Phase::Gone => NotLive::Unregistered,
+            // Live: just again; it was not a moment ago.
+            Phase::Opening | Phase::Live | Phase::Closed | Phase::Removing => NotLive::Unregistering,
+        }
+    }
+
+    /// Allocates a frame for `owner`, in transit until [`FrameTable::settle`]. `None`: see [`Self::try_alloc`].
+    pub fn alloc(&self, owner: Owner) -> Option<Pfn> {
+        self.try_alloc(owner).ok()
+    }
+
+    /// Allocates a frame for `owner`, in transit until [`FrameTable::settle`].
+    ///
+    /// # Errors
+    /// [`AllocError::Full`]; [`AllocError::NotLive`] once unregistering has begun.
+    pub fn try_alloc(&self, owner: Owner) -> Result<Pfn, AllocError> {
+        let live = self.live(owner)?;
+        live.frames.alloc_below(self.limit(), owner).ok_or(AllocError::Full)
+    }
+
+    /// Allocates `len` frames that follow each other, the first a multiple of `align`; each in transit until it is
+    /// settled.
+    ///
+    /// # Errors
+    /// As [`Self::try_alloc`].
+    pub fn try_alloc_run(&self, owner: Owner, len: u32, align: u32) -> Result<Pfn, AllocError> {
+        let live = self.live(owner)?;
+        live.frames.alloc_run(owner, len, align).ok_or(AllocError::Full)
+    }
+
+    /// One more reference to a frame in use, for a moment; [`Hold`] is for longer.
+    ///
+    /// # Errors
+    /// [`RefError::Frame`] if it is free or frozen; the others as [`lookup`].
+    pub fn get(&self, pfn: Pfn, owner: Owner) -> Result<(), RefError> {
+        if !self.has(pfn) {
+            return Err(RefError::NoFrame);
+        }
+        let live = self.live(owner)?;
+        Ok(live.frames.get(pfn)?)
+    }
+
+    /// One more reference for `owner`, in transit; waits out another's transfer. It is made from one that the caller
+    /// holds, so unregistering, which waits for that one, does not refuse it: `fork` cannot fail for it.
     pub fn get_in_transit(&self, pfn: Pfn, owner: Owner) -> Result<(), GetError> {
-        loop {
-            match self.frames.get_in_transit(pfn, owner) {
-                Err(GetError::Transit | GetError::Frozen) => crate::sys::yield_now(),
-                r => return r,
-            }
-        }
+        self.frames.get_in_transit_waiting(pfn, owner)
     }
 
-    /// Drops references that transfers hold ([`FrameTable::begin_put`] or an allocation); frames whose
-    /// last one it was go back to the device, all at once.
+    /// Drops a reference of each frame, whatever its type (Linux: `release_pages`); those whose last it was go back to
+    /// the driver, all at once.
+    pub fn put(&self, pfns: &[Pfn], owner: Owner) {
+        self.put_batches(pfns, owner, false);
+    }
+
+    /// Drops references that transfers hold ([`FrameTable::begin_put`] or an allocation), as [`Self::put`].
     pub fn put_in_transit(&self, pfns: &[Pfn], owner: Owner) {
-        let last: Vec<Pfn> = pfns.iter().copied().filter(|&p| self.frames.put_in_transit(p, owner)).collect();
-        self.free(&last, owner);
+        self.put_batches(pfns, owner, true);
     }
 
-    /// The one path at count 0: storage back to the device, then the frame is free.
-    pub fn free(&self, pfns: &[Pfn], owner: Owner) {
-        if pfns.is_empty() {
-            return;
+    fn put_batches(&self, pfns: &[Pfn], owner: Owner, in_transit: bool) {
+        let mut last = [0; BATCH];
+        for batch in pfns.chunks(BATCH) {
+            let n = self.frames.put_all(batch, owner, in_transit, &mut last);
+            self.free_batch(&mut last[..n], owner);
         }
-        self.device.free(pfns, owner);
-        pfns.iter().for_each(|&p| self.frames.release(p));
+    }
+
+    /// The one path at count 0: storage back to the driver, then the frame is free.
+    pub fn free(&self, pfns: &[Pfn], owner: Owner) {
+        for batch in pfns.chunks(BATCH) {
+            let mut batch: ArrayVec<Pfn, BATCH> = batch.iter().copied().collect();
+            self.free_batch(&mut batch, owner);
+        }
+    }
+
+    fn free_batch(&self, pfns: &mut [Pfn], owner: Owner) {
+        if !pfns.is_empty() {
+            self.device.ops().page_free(pfns, owner);
+            self.frames.release_all(pfns);
+        }
+    }
+
+    /// A process has died (the caller is `owner`): repairs what it had half changed. Before its slot is another's.
+    pub fn repair(&self, dead: Owner, owner: Owner) {
+        self.device.ops().repair(owner);
+        self.live.forget(dead);
+        // It may have died between freeing a frame and saying so.
+        self.frames.format();
     }
 
     /// Loads frames that the caller holds references to, each verified against its checksum and tried again before it is
@@ -119,5 +305,11 @@ impl Pagemap {
             }
         }
         (ops.len(), bad, Ok(()))
+    }
+}
+
+impl std::fmt::Debug for Pagemap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pagemap").field("id", &self.id).field("name", &self.name()).finish_non_exhaustive()
     }
 }

@@ -225,7 +225,7 @@ impl Space {
                     stays(at, Stop::Busy);
                     at += PAGE_SIZE;
                 }
-                Some(Stop::Invalid) if to > granule_end(at) => one_by_one = true,
+                Some(Stop::Invalid | Stop::Gone) if to > granule_end(at) => one_by_one = true,
                 // A boundary of mappings, or one that may not be written: this page stays.
                 Some(Stop::Invalid | Stop::Gone | Stop::Exists | Stop::NoMemory | Stop::Other(_)) => {
                     let one = world.move_pages(&world.slot_uffd, place(at), at, PAGE_SIZE, true);

@@ -356,11 +356,13 @@ impl Space {
     }
 }
 
-/// Whether a page whose memory is of this type can be pinned for long where it is, or else leave it first. Of `Private`
-/// memory nothing is reached in place: the pin is on the copy in DRAM.
+/// Whether a page whose memory is of this type can be pinned for long where it is, or can leave it first. What a space has on
+/// `Private` or `Coherent` memory comes to DRAM, and the pin is on it there; `Generic` memory does not have to move. A file's
+/// block has to be given up when the file is cut, and a peer's memory goes with its driver.
 fn pins_for_long(memory: MemoryType) -> bool {
     match memory {
-        MemoryType::Private => true,
+        MemoryType::System | MemoryType::Private | MemoryType::Coherent | MemoryType::Generic => true,
+        MemoryType::FsDax | MemoryType::P2pDma => false,
     }
 }
 

@@ -9,6 +9,7 @@ pub mod lz4;
 mod mappings;
 mod memory;
 mod mutex;
+pub mod numa;
 mod pagemap_scan;
 pub mod point;
 mod process;

@@ -52,6 +52,13 @@ impl SharedMap {
         debug_assert!(done.is_ok());
     }
 
+    /// A forked child does not get this mapping.
+    pub fn keep_from_children(&self) -> rustix::io::Result<()> {
+        let advice = rustix::mm::Advice::LinuxDontFork;
+        // SAFETY: exactly this mapping; nothing in it changes.
+        unsafe { rustix::mm::madvise(self.base.as_ptr().cast(), self.len, advice) }
+    }
+
     /// Moves the mapping over the one at `addr` (of the same length), which it replaces.
     ///
     /// # Safety

@@ -12,7 +12,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FallocateFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
@@ -367,6 +367,11 @@ impl Device for File {
 
     fn free(&self, pfns: &[Pfn], _owner: Owner) {
         pfns.iter().filter(|&&pfn| pfn < self.frames).for_each(|&pfn| self.set_sum(pfn, Sum::default()));
+    }
+
+    fn remove(&self, _owner: Owner) -> Result<(), Errno> {
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(self.file.get()?, hole, 0, offset(self.frames))
     }
 
     fn usage(&self) -> Usage {

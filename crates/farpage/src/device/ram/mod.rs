@@ -242,6 +242,10 @@ impl Device for Ram {
         drop(self.pool.lock(owner, &*self.peers));
     }
 
+    fn remove(&self, owner: Owner) -> Result<(), rustix::io::Errno> {
+        self.pool.lock(owner, &*self.peers).give_back_all()
+    }
+
     fn usage(&self) -> Usage {
         let (used, payload) = self.pool.used();
         Usage { capacity: self.size, used, payload, peak: self.pool.peak() }

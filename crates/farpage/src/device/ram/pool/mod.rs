@@ -396,6 +396,17 @@ impl Held<'_> {
         }
     }
 
+    /// Gives all memory back that holds no object, what was warmed for later included.
+    pub fn give_back_all(&self) -> rustix::io::Result<()> {
+        self.give_back(0);
+        let (fresh, warm) = (self.head(FRESH), self.pool.head[WARM].swap(self.head(FRESH), Relaxed));
+        if warm > fresh {
+            let (from, len) = (fresh as usize * CHUNK, (warm - fresh) as usize * CHUNK);
+            self.pool.data.give_back(from, len)?;
+        }
+        if self.head(EMPTY_COUNT) == 0 { Ok(()) } else { Err(rustix::io::Errno::AGAIN) }
+    }
+
     /// Derives everything from the location words again.
     fn rebuild(&self) {
         let pool = self.pool;
