@@ -20,7 +20,7 @@
 //! | a staged page is brought in from its old copy | `what_is_written_…` and three more |
 //! | fork forgets the child's reference | `forks_…`, `drops_…` |
 //! | fork leaves its mark | none: the reaper settles it |
-//! | a discard keeps what is staged | not tried since the models settle in steps |
+//! | a discard keeps what is staged | `drops_…` |
 //! | a discard keeps the entries; or clears them without a put | all that move pages |
 //! | `drop_copies` without the lock; or of pages that are away | `two_that_evict_…` |
 //! | evicting without the granules' locks | `what_is_written_…` and three more |
