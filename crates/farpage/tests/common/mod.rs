@@ -22,6 +22,12 @@ fn start_threads(space: &'static Space) {
     std::thread::spawn(move || farpage::reclaim::worker::run(space));
     std::thread::spawn(move || farpage::fault::handler::run(space, 0));
     space.set_running(|_| false);
+    // Both have to be past what a new thread does with the C library's locks, or a fork that comes now waits for ever.
+    let page = Memory::map(space, PAGE_SIZE);
+    // SAFETY: our own page.
+    unsafe { (page.addr as *mut u8).write_volatile(0) };
+    space.page_out(page.addr, page.addr + PAGE_SIZE, true);
+    assert_eq!(page.bytes(0), [0; PAGE_SIZE]);
 }
 
 impl Managed {
