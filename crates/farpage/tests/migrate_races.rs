@@ -178,20 +178,12 @@ fn memory_that_is_unmapped_dropped_and_moved_meanwhile() {
                     .space
                     .change(|world| {
                         managed.space.remap(world, old, old.1, None, false, |from, len, new_len, to| {
-                            let room = to.map_or_else(
+                            let nowhere = std::ptr::null_mut();
+                            let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+                            let room = to.unwrap_or_else(|| {
                                 // SAFETY: the kernel chooses the address; the mapping goes where it is told.
-                                || unsafe {
-                                    libc::mmap(
-                                        std::ptr::null_mut(),
-                                        new_len,
-                                        libc::PROT_NONE,
-                                        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                                        -1,
-                                        0,
-                                    ) as usize
-                                },
-                                |to| to,
-                            );
+                                unsafe { libc::mmap(nowhere, new_len, libc::PROT_NONE, kind, -1, 0) as usize }
+                            });
                             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
                             // SAFETY: our own mapping; the target is ours as well.
                             let at = unsafe {
