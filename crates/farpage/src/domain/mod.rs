@@ -243,6 +243,18 @@ impl Domain {
         addr.wrapping_sub(self.map.addr()) < self.map.len()
     }
 
+    /// Where a frame's bytes lie in the segment, if they lie there as they are.
+    pub fn offset_of(&self, device: u8, pfn: crate::frame::Pfn) -> Option<u64> {
+        let addr = self.pagemap(device).device.address_of(pfn)?;
+        self.maps(addr).then(|| (addr - self.map.addr()) as u64)
+    }
+
+    /// Gives back what processes of the domain held that have died or begun another program, and returns how many: for the process
+    /// in slot `me`, where there is no launcher.
+    pub fn reap(&self, me: Owner) -> usize {
+        reap::Reaper { domain: self, me }.reap_those(false)
+    }
+
     /// The process slot `owner`.
     pub fn slot(&self, owner: Owner) -> &'static Slot {
         self.peers.slot(owner)

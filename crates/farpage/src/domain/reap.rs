@@ -41,8 +41,20 @@ impl Launcher {
         self.reap_those(false)
     }
 
-    /// `ended`: the whole tree has ended, so that a slot prepared for a child that never came is nobody's.
     fn reap_those(&self, ended: bool) -> usize {
+        Reaper { domain: &self.domain, me: self.me }.reap_those(ended)
+    }
+}
+
+/// Who gives back what the dead held.
+pub(super) struct Reaper<'a> {
+    pub domain: &'a Domain,
+    pub me: Owner,
+}
+
+impl Reaper<'_> {
+    /// `ended`: the whole tree has ended, so that a slot prepared for a child that never came is nobody's.
+    pub(super) fn reap_those(&self, ended: bool) -> usize {
         let mut n = 0;
         for (owner, slot) in self.domain.slots() {
             let gone = match slot.state.load(Ordering::Acquire) {
@@ -62,7 +74,9 @@ impl Launcher {
         }
         n
     }
+}
 
+impl Launcher {
     /// Process `pid` is about to make a call that leaves plain references to its pages with the kernel. Must be
     /// called before that call runs. Returns how many address spaces were marked: a process that is being forked and
     /// has no number yet may be `pid`, so it is marked too; a process that is not managed is not.
@@ -139,9 +153,12 @@ impl Launcher {
         }
     }
 
+}
+
+impl Reaper<'_> {
     /// Puts every reference of a dead process, drops its entries, frees its slot.
     fn give_back(&self, owner: Owner) {
-        let d = &self.domain;
+        let d = self.domain;
         let slot = d.slot(owner);
         // One reaper a slot; Acquire: everything the dead process did comes before.
         let was = slot.state.load(Ordering::Acquire);
@@ -180,7 +197,7 @@ impl Launcher {
     }
 
     fn put_entries(&self, owner: Owner, window: &SharedMap) -> bool {
-        let d = &self.domain;
+        let d = self.domain;
         let entries = Entries::new(window);
         // Frames whose count and entry the dead process was changing: known by their mark.
         let transit: Vec<Vec<Pfn>> = d.pagemaps.iter().map(|p| p.frames.in_transit(owner)).collect();

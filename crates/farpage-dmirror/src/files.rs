@@ -1,0 +1,236 @@
+//! Open files: which descriptors are ours, and what is behind each.
+//!
+//! A descriptor is a real one, of a memfd that is made for this `open`: `dup`, `poll`, `fork`, `exec` and close-on-exec are
+//! the kernel's, and the file's inode tells which open file a descriptor belongs to, whatever its number.
+
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use farpage::sys::BlockedSignals;
+use libc::c_int;
+use rustix::fs::{MemfdFlags, OFlags};
+use rustix::io::Errno;
+
+use crate::gup::GupTest;
+use crate::mirror::Mirror;
+use crate::own;
+use crate::uapi::{Node, is_coherent};
+
+/// Larger than what a program maps of a device.
+const FILE_LEN: u64 = 1 << 46;
+
+/// What is behind an open file.
+#[derive(Clone)]
+pub enum File {
+    /// A mirror of this process's address space.
+    Mirror(Arc<Mutex<Mirror>>),
+    /// A `gup_test`.
+    GupTest(Arc<Mutex<GupTest>>),
+    /// Another process opened it: it mirrors another address space.
+    Foreign,
+}
+
+type Inode = (u64, u64);
+
+/// By the inode of their memfds.
+static FILES: Mutex<Option<HashMap<Inode, File>>> = Mutex::new(None);
+/// Something is or was open: without that nobody looks.
+static ANY: AtomicBool = AtomicBool::new(false);
+
+/// A lock that no signal handler of this thread can meet.
+pub struct Quiet<'a, T> {
+    guard: Option<MutexGuard<'a, T>>,
+    _signals: BlockedSignals,
+}
+
+/// Takes it.
+pub fn quiet<T>(m: &Mutex<T>) -> Quiet<'_, T> {
+    let _signals = BlockedSignals::new();
+    // A panic aborts the process: there is no poisoned state to fear.
+    Quiet { guard: Some(m.lock().unwrap_or_else(PoisonError::into_inner)), _signals }
+}
+
+impl<T> std::ops::Deref for Quiet<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        match &self.guard {
+            Some(g) => g,
+            None => unreachable!("there until dropped"),
+        }
+    }
+}
+
+impl<T> std::ops::DerefMut for Quiet<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        match &mut self.guard {
+            Some(g) => g,
+            None => unreachable!("there until dropped"),
+        }
+    }
+}
+
+impl<T> Drop for Quiet<'_, T> {
+    fn drop(&mut self) {
+        // Before the signals are let in.
+        self.guard = None;
+    }
+}
+
+fn inode(fd: c_int) -> Option<Inode> {
+    // SAFETY: a number; if it is no descriptor the call says so.
+    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+    rustix::fs::fstat(fd).ok().map(|s| (s.st_dev, s.st_ino))
+}
+
+/// What a descriptor is, if it is ours.
+pub fn find(fd: c_int) -> Option<File> {
+    if fd < 0 || !ANY.load(Ordering::Acquire) {
+        return None;
+    }
+    let inode = inode(fd)?;
+    quiet(&FILES).as_ref()?.get(&inode).cloned()
+}
+
+/// Opens one of our nodes.
+pub fn open(node: Node, flags: c_int) -> Result<c_int, Errno> {
+    if flags & libc::O_DIRECTORY != 0 {
+        return Err(Errno::NOTDIR);
+    }
+    if flags & libc::O_EXCL != 0 && flags & libc::O_CREAT != 0 {
+        return Err(Errno::EXIST);
+    }
+    let space = own::space()?;
+    own::reap(space);
+    let fd = rustix::fs::memfd_create(node.name(), MemfdFlags::CLOEXEC)?;
+    rustix::fs::ftruncate(&fd, FILE_LEN)?;
+    let fd = with_flags(fd, flags)?;
+    let inode = inode(fd.as_raw_fd()).ok_or(Errno::BADF)?;
+    let file = match node {
+        Node::Mirror(minor) => File::Mirror(Arc::new(Mutex::new(Mirror::new(space, minor)))),
+        Node::GupTest => File::GupTest(Arc::new(Mutex::new(GupTest::new(space)))),
+    };
+    ANY.store(true, Ordering::Release);
+    quiet(&FILES).get_or_insert_default().insert(inode, file);
+    Ok(fd.into_raw_fd())
+}
+
+/// The same file with the access mode and status flags that were asked for: a memfd is opened for reading and writing.
+fn with_flags(fd: OwnedFd, flags: c_int) -> Result<OwnedFd, Errno> {
+    let keep = libc::O_ACCMODE | libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_APPEND | libc::O_PATH;
+    let flags = OFlags::from_bits_retain((flags & keep) as u32);
+    rustix::fs::open(format!("/proc/self/fd/{}", fd.as_raw_fd()), flags, rustix::fs::Mode::empty())
+}
+
+/// Every mirror of this process.
+pub fn mirrors() -> Vec<Arc<Mutex<Mirror>>> {
+    if !ANY.load(Ordering::Acquire) {
+        return Vec::new();
+    }
+    let files = quiet(&FILES);
+    let all = files.iter().flat_map(|f| f.values());
+    all.filter_map(|f| if let File::Mirror(m) = f { Some(m.clone()) } else { None }).collect()
+}
+
+/// Descriptors are about to be closed: what is behind the last of a file ends. (Descriptors of it in children do not
+/// count: what they are bound to is this process.)
+pub fn closing(first: c_int, last: c_int) {
+    if !ANY.load(Ordering::Acquire) {
+        return;
+    }
+    let ending: Vec<Inode> = {
+        let files = quiet(&FILES);
+        let Some(files) = files.as_ref().filter(|f| !f.is_empty()) else { return };
+        let mut going: Vec<Inode> = Vec::new();
+        if first == last {
+            going.extend(inode(first).filter(|i| files.contains_key(i)));
+        } else {
+            let inside = descriptors().into_iter().filter(|fd| (first..=last).contains(fd));
+            going.extend(inside.filter_map(inode).filter(|i| files.contains_key(i)));
+        }
+        if going.is_empty() {
+            return;
+        }
+        let staying: Vec<Inode> = descriptors()
+            .into_iter()
+            .filter(|fd| !(first..=last).contains(fd))
+            .filter_map(inode)
+            .collect();
+        going.retain(|i| !staying.contains(i));
+        going
+    };
+    for inode in ending {
+        let file = quiet(&FILES).as_mut().and_then(|f| f.remove(&inode));
+        if let Some(File::Mirror(m)) = file {
+            quiet(&m).close();
+        }
+    }
+}
+
+/// This process's descriptors.
+fn descriptors() -> Vec<c_int> {
+    let Ok(dir) = std::fs::read_dir("/proc/self/fd") else { return Vec::new() };
+    dir.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// What to map in place of a device: fresh memory of zeros, as the device gives every mapping its own.
+pub fn mapping(fd: c_int, len: usize) -> Option<OwnedFd> {
+    let Some(File::Mirror(_) | File::Foreign) = find(fd) else { return None };
+    let memory = rustix::fs::memfd_create("hmm_dmirror", MemfdFlags::CLOEXEC).ok()?;
+    let len = len.div_ceil(farpage::PAGE_SIZE) * farpage::PAGE_SIZE;
+    // The device's pages are all there from the beginning.
+    rustix::fs::fallocate(&memory, rustix::fs::FallocateFlags::empty(), 0, len as u64).ok()?;
+    Some(memory)
+}
+
+/// Held across a fork.
+pub static FORK: Mutex<Option<Held>> = Mutex::new(None);
+
+/// All locks of this module and its files.
+pub struct Held(#[allow(dead_code)] Quiet<'static, Option<HashMap<Inode, File>>>);
+// SAFETY: taken and released by the thread that forks (in the child, by its only thread, which is the same one).
+unsafe impl Send for Held {}
+
+/// Before a fork: device page tables lose what the child will share, and no lock is held by another thread in the child.
+pub extern "C" fn before_fork() {
+    for m in mirrors() {
+        quiet(&m).before_fork();
+    }
+    let held = Held(quiet(&FILES));
+    *FORK.lock().unwrap_or_else(PoisonError::into_inner) = Some(held);
+}
+
+/// After it.
+pub extern "C" fn after_fork_in_parent() {
+    *FORK.lock().unwrap_or_else(PoisonError::into_inner) = None;
+}
+
+/// After it: what is open mirrors the parent.
+pub extern "C" fn after_fork_in_child() {
+    let held = FORK.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let Some(mut held) = held else { return };
+    if let Some(files) = held.0.as_mut() {
+        for file in files.values_mut() {
+            // Its lock may have been held by a thread that is not here: it is never looked at again.
+            std::mem::forget(std::mem::replace(file, File::Foreign));
+        }
+    }
+}
+
+/// Devices that bring their pages back when memory is changed under them: those that the CPU reaches in place.
+pub fn changing(start: usize, end: usize) {
+    for m in mirrors() {
+        let mut m = quiet(&m);
+        if is_coherent(m.minor()) {
+            m.bring_back(start, end);
+        }
+    }
+}
+
+/// Mappings have changed.
+pub fn changed(start: usize, end: usize) {
+    for m in mirrors() {
+        quiet(&m).invalidate(start, end);
+    }
+}
