@@ -139,27 +139,23 @@ pub fn closing(first: c_int, last: c_int) {
     if !ANY.load(Ordering::Acquire) {
         return;
     }
-    let ending: Vec<Inode> = {
-        let files = quiet(&FILES);
-        let Some(files) = files.as_ref().filter(|f| !f.is_empty()) else { return };
-        let mut going: Vec<Inode> = Vec::new();
-        if first == last {
-            going.extend(inode(first).filter(|i| files.contains_key(i)));
-        } else {
+    // Whatever we open here is closed again by way of this function: no lock may be held.
+    let known: Vec<Inode> = quiet(&FILES).iter().flat_map(|f| f.keys().copied()).collect();
+    let is_ours = |fd: c_int| inode(fd).filter(|i| known.contains(i));
+    let mut ending: Vec<Inode> = match (first, last) {
+        _ if known.is_empty() => return,
+        (fd, last) if fd == last => is_ours(fd).into_iter().collect(),
+        _ => {
             let inside = descriptors().into_iter().filter(|fd| (first..=last).contains(fd));
-            going.extend(inside.filter_map(inode).filter(|i| files.contains_key(i)));
+            inside.filter_map(is_ours).collect()
         }
-        if going.is_empty() {
-            return;
-        }
-        let staying: Vec<Inode> = descriptors()
-            .into_iter()
-            .filter(|fd| !(first..=last).contains(fd))
-            .filter_map(inode)
-            .collect();
-        going.retain(|i| !staying.contains(i));
-        going
     };
+    if ending.is_empty() {
+        return;
+    }
+    let staying = descriptors().into_iter().filter(|fd| !(first..=last).contains(fd));
+    let staying: Vec<Inode> = staying.filter_map(is_ours).collect();
+    ending.retain(|i| !staying.contains(i));
     for inode in ending {
         let file = quiet(&FILES).as_mut().and_then(|f| f.remove(&inode));
         if let Some(File::Mirror(m)) = file {
@@ -168,10 +164,13 @@ pub fn closing(first: c_int, last: c_int) {
     }
 }
 
-/// This process's descriptors.
+/// This process's descriptors. (Not by way of the C library, whose heap may call back here.)
 fn descriptors() -> Vec<c_int> {
-    let Ok(dir) = std::fs::read_dir("/proc/self/fd") else { return Vec::new() };
-    dir.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
+    use rustix::fs::{Dir, Mode};
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir = rustix::fs::open("/proc/self/fd", flags, Mode::empty());
+    let Ok(dir) = dir.and_then(Dir::new) else { return Vec::new() };
+    dir.filter_map(|e| e.ok()?.file_name().to_str().ok()?.parse().ok()).collect()
 }
 
 /// What to map in place of a device: fresh memory of zeros, as the device gives every mapping its own.

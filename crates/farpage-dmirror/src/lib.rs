@@ -73,13 +73,13 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_voi
         // Another address space is mirrored.
         Some(File::Foreign) => fail::<i8>(Errno::INVAL).into(),
         None => {
-            // SAFETY: the caller's contract.
-            let n = unsafe { libc::syscall(libc::SYS_ioctl, fd, request, argument) } as c_int;
-            if n >= 0 && request == pagemap::PAGEMAP_SCAN {
-                // SAFETY: the kernel has just taken the same structure from there.
-                return unsafe { pagemap::has_scanned(fd, argument, n) };
+            if request == pagemap::PAGEMAP_SCAN
+                && let Some(result) = pagemap::scan(fd, at)
+            {
+                return result.unwrap_or_else(|e| fail::<i8>(e).into());
             }
-            n
+            // SAFETY: the caller's contract.
+            unsafe { libc::syscall(libc::SYS_ioctl, fd, request, argument) as c_int }
         }
     }
 }

@@ -28,6 +28,7 @@ pub fn space() -> Result<&'static Space, Errno> {
             verbose: false,
             // Nobody watches for calls that take plain references.
             recycle: false,
+            max_pinned: None,
             devices: vec![Spec::Mem { size }; usize::from(MINORS)],
         };
         let space = Domain::create(&config).and_then(Space::new)?;

@@ -25,6 +25,7 @@ pub const PFN: u64 = (1 << 55) - 1;
 pub const IS_PFNZERO: u64 = 1 << 5;
 /// It is part of a huge page that is mapped as one.
 pub const IS_HUGE: u64 = 1 << 6;
+const IS_WRITTEN: u64 = 1 << 1;
 const IS_FILE: u64 = 1 << 2;
 const IS_PRESENT: u64 = 1 << 3;
 const IS_SWAPPED: u64 = 1 << 4;
@@ -139,4 +140,108 @@ pub fn has_read(fd: c_int, at: Option<off_t>, bytes: &mut [u8]) {
             word.copy_from_slice(&entry.to_ne_bytes());
         }
     }
+}
+
+/// `PAGEMAP_SCAN` by the program, with pages on a device as "swapped". `None`: the kernel's own answer is right.
+pub fn scan(fd: c_int, at: usize) -> Option<Result<c_int, Errno>> {
+    if !is_ours(fd) {
+        return None;
+    }
+    let mut raw = [0u8; 96];
+    crate::user::read(at, &mut raw).ok()?;
+    let mut arg: [u64; 12] = std::array::from_fn(|i| u64::from_ne_bytes(std::array::from_fn(|k| raw[i * 8 + k])));
+    let [size, _, start, end, _, vec, vec_len, ..] = arg;
+    let (start, end) = (start as usize, (end as usize).min(farpage::domain::ADDRESS_LIMIT));
+    if size != 96 || vec == 0 || vec_len == 0 || start >= end {
+        return None;
+    }
+    let hidden = pages::all_hidden(start, end);
+    if hidden.is_empty() {
+        return None;
+    }
+    Some(scan_around(fd, &mut arg, &hidden, end).and_then(|regions| {
+        let bytes: Vec<u8> = regions.iter().flatten().flat_map(|w| w.to_ne_bytes()).collect();
+        crate::user::write(vec as usize, &bytes)?;
+        crate::user::write(at + 32, &arg[4].to_ne_bytes())?;
+        Ok(regions.len() as c_int)
+    }))
+}
+
+/// The regions that such a scan finds: the kernel's, and between them the pages that are hidden from it.
+fn scan_around(
+    fd: c_int,
+    arg: &mut [u64; 12],
+    hidden: &[(usize, usize)],
+    end: usize,
+) -> Result<Vec<[u64; 3]>, Errno> {
+    let [_, flags, start, _, _, _, vec_len, max_pages, inverted, mask, any, returned] = *arg;
+    let mut left = if max_pages == 0 { u64::MAX } else { max_pages };
+    let mut found: Vec<[u64; 3]> = Vec::new();
+    // False: there is no room for more.
+    let add = |found: &mut Vec<[u64; 3]>, s: u64, e: u64, kind: u64| {
+        let full = found.len() as u64 == vec_len;
+        match found.last_mut() {
+            Some(last) if last[1] == s && last[2] == kind => last[1] = e,
+            _ if full => return false,
+            _ => found.push([s, e, kind]),
+        }
+        true
+    };
+    let mut at = start as usize;
+    let mut next = hidden.iter();
+    let mut gap = next.next();
+    while at < end && left > 0 {
+        if let Some(&(s, e)) = gap.filter(|g| g.0 <= at) {
+            let until = (at as u64 + left.saturating_mul(PAGE_SIZE as u64)).min(e as u64);
+            let kind = IS_SWAPPED | IS_WRITTEN;
+            let seen = kind ^ inverted;
+            if seen & mask == mask && (any == 0 || seen & any != 0) {
+                if !add(&mut found, at as u64, until, kind & returned) {
+                    break;
+                }
+                left -= (until - at as u64) / PAGE_SIZE as u64;
+            }
+            at = if left == 0 { until as usize } else { e };
+            debug_assert!(s <= at);
+            gap = next.next();
+            continue;
+        }
+        let until = gap.map_or(end, |g| g.0);
+        let mut regions = [[0u64; 3]; 32];
+        let pages = if left == u64::MAX { 0 } else { left };
+        let mut part = [
+            96,
+            flags,
+            at as u64,
+            until as u64,
+            0,
+            regions.as_mut_ptr() as u64,
+            32,
+            pages,
+            inverted,
+            mask,
+            any,
+            returned,
+        ];
+        // SAFETY: as in `PageMap::kinds`.
+        let n = unsafe { libc::syscall(libc::SYS_ioctl, fd, PAGEMAP_SCAN, part.as_mut_ptr()) };
+        if n < 0 {
+            let e = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+            return Err(Errno::from_raw_os_error(e));
+        }
+        let mut walked = part[4] as usize;
+        for r in &regions[..n as usize] {
+            if !add(&mut found, r[0], r[1], r[2]) {
+                arg[4] = r[0];
+                return Ok(found);
+            }
+            left = left.saturating_sub((r[1] - r[0]) / PAGE_SIZE as u64);
+        }
+        if walked <= at {
+            walked = until;
+        }
+        at = walked;
+    }
+    arg[4] = at as u64;
+    Ok(found)
 }

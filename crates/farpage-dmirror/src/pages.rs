@@ -29,6 +29,19 @@ pub fn hidden(addr: usize) -> Option<(u8, u32)> {
     found.first().filter(|p| !is_coherent(p.device)).map(|p| (p.device, p.frame))
 }
 
+/// The runs of pages of `[start, end)` that are on private devices.
+pub fn all_hidden(start: usize, end: usize) -> Vec<(usize, usize)> {
+    let mut found: Vec<(usize, usize)> = Vec::new();
+    let pages = init::ready().map_or(Vec::new(), |space| space.on_devices(start, end));
+    for p in pages.iter().filter(|p| !is_coherent(p.device)) {
+        match found.last_mut() {
+            Some(last) if last.1 == p.addr => last.1 += PAGE_SIZE,
+            _ => found.push((p.addr, p.addr + PAGE_SIZE)),
+        }
+    }
+    found
+}
+
 /// A page on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
@@ -259,7 +272,7 @@ pub fn to_system(space: &Space, minor: u8, start: usize, end: usize, huge: &mut 
     let mut moved = 0;
     for (s, e) in runs(first, last + PAGE_SIZE, |at| mine.contains(&at)) {
         if is_coherent(minor) {
-            moved += space.unmap_in_place(s, e)?;
+            moved += space.unmap_in_place(s, e, minor)?;
         } else {
             moved += space.migrate(s..e, Target::System).map_err(|_| Errno::INVAL)?.moved();
         }

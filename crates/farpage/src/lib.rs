@@ -3,7 +3,7 @@
 //!
 //! Every page of every memory type obeys one lifetime rule: **a reference count of 0 means free**.
 //! The rooms, from the bottom: [`sys`] (the kernel's ABI), [`frame`] (counts), [`pagemap`] and [`device`] (where
-//! pages live), [`domain`] (what a process tree shares), [`fault`], [`reclaim`] and [`space`] (the manager of one
+//! pages live), [`domain`] (what a process tree shares), [`fault`], [`reclaim`], [`migrate`] and [`space`] (the manager of one
 //! address space).
 #![warn(missing_docs)]
 
@@ -16,6 +16,8 @@ pub mod device;
 pub mod domain;
 #[cfg(not(loom))]
 pub mod fault;
+#[cfg(not(loom))]
+pub mod migrate;
 #[cfg(not(loom))]
 pub mod pagemap;
 #[cfg(not(loom))]

@@ -137,6 +137,7 @@ fn prepare(args: Args) -> Result<Job, CliError> {
         strict: args.strict,
         verbose: args.verbose,
         recycle: !inherited,
+        max_pinned: None,
         devices: plan.devices,
     };
     Ok(Job { config, program, command: args.command, stats: args.stats, stats_json })

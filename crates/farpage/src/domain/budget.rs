@@ -15,6 +15,16 @@ impl Domain {
         self.config.dram / crate::PAGE_SIZE as u64
     }
 
+    /// The most pages that may be pinned in the whole tree (see [`crate::space::Space::pin`]).
+    pub fn pin_limit(&self) -> u64 {
+        self.config.max_pinned.map_or(self.budget() / 2, |bytes| bytes / crate::PAGE_SIZE as u64)
+    }
+
+    /// Pages that are pinned in the whole tree; a page counts once for each pin.
+    pub fn pinned(&self) -> u64 {
+        self.slots().map(|(_, s)| s.pinned.load(Ordering::SeqCst)).sum()
+    }
+
     /// Pages charged to the whole tree.
     pub fn charged(&self) -> u64 {
         self.slots().map(|(_, s)| s.charge.load(Ordering::Relaxed)).sum()

@@ -41,6 +41,10 @@ pub struct Config {
     /// DRAM frames may be used again without giving them to the kernel, where it is certain that the kernel holds no
     /// plain reference to them. See [`Domain::may_recycle`].
     pub recycle: bool,
+    /// The most memory that may be pinned in the whole tree (as `RLIMIT_MEMLOCK`); half of `dram` if not given. What is
+    /// pinned cannot leave DRAM, so it takes from what all others may use.
+    #[serde(default)]
+    pub max_pinned: Option<u64>,
     /// In order of preference; sizes resolved.
     pub devices: Vec<Spec>,
 }

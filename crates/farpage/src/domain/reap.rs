@@ -167,6 +167,7 @@ impl Reaper<'_> {
         }
         // Its memory has gone with it.
         slot.charge.store(0, Ordering::SeqCst);
+        slot.pinned.store(0, Ordering::SeqCst);
         // Before the slot can be another's: locks that the dead process held, changes that it left half done.
         d.pagemaps.iter().for_each(|map| map.device.repair(self.me));
         let mut held = false;

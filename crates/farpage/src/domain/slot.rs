@@ -66,7 +66,9 @@ pub struct Slot {
     pub charge: AtomicU64,
     /// When its oldest granule arrived (a stamp of the domain's clock), `u64::MAX` if it has none.
     pub oldest: AtomicU64,
-    _line: [AtomicU64; 3],
+    /// Pages that it has pinned.
+    pub pinned: AtomicU64,
+    _line: [AtomicU64; 2],
     /// See [`Counter`].
     pub counters: [AtomicU64; COUNTERS],
 }

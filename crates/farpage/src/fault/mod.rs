@@ -7,7 +7,7 @@
 pub(crate) mod follow;
 pub mod handler;
 pub(crate) mod mail;
-mod resolve;
+pub(crate) mod resolve;
 mod stream;
 
 use std::collections::VecDeque;

@@ -11,12 +11,13 @@ use crate::domain::Counter;
 use crate::domain::entry::Entry;
 use crate::reclaim::{Frames, Hands};
 use crate::space::ops::window;
+use crate::space::puts::Puts;
 use crate::space::range::{Found, GRANULE, GRANULE_PAGES, Range, Stretch, flag};
 use crate::space::{Space, World, slots};
 use crate::sys::uffd::Stop;
 /// What became of a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Outcome {
+pub(crate) enum Outcome {
     /// The page is there (or poisoned, or its mapping is gone): wake who waits.
     Wake,
     /// An event is pending: put aside.
@@ -33,11 +34,13 @@ struct Loads<'a> {
 
 /// Why pages are brought in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Why {
+pub(crate) enum Why {
     /// A thread waits for the first of them.
     Fault,
     /// Somebody will probably want them.
     Ahead,
+    /// They are migrated: a page that cannot be loaded stays where it is, and no copy of the others is kept.
+    Migrate,
 }
 
 /// The most that is left to the kernel at once.
@@ -101,7 +104,8 @@ impl Space {
             self.enqueue(&found);
         }
         let entry = if granule.has(flag::ENTRIES) { self.entries.get(addr) } else { Entry::Kernel };
-        let window = self.faults.streams().fault(addr, self.most_together() * GRANULE_PAGES);
+        let stream = || self.faults.streams().fault(addr, self.most_together() * GRANULE_PAGES);
+        let window = if self.one_by_one.load(Ordering::Relaxed) { 1 } else { stream() };
         if entry == Entry::Lost {
             self.count(Counter::FaultsDevice, 1);
             return self.poison(world, addr);
@@ -188,7 +192,8 @@ impl Space {
         let base = found.start / GRANULE * GRANULE;
         let i = (addr - base) / PAGE_SIZE;
         let staged = self.slots.staged(slot);
-        let (first, len) = slots::runs(staged).find(|&(f, l)| f <= i && i < f + l)?;
+        let run = slots::runs(staged).find(|&(f, l)| f <= i && i < f + l)?;
+        let (first, len) = if self.one_by_one.load(Ordering::Relaxed) { (i, 1) } else { run };
         let src = self.slots.addr(slot, first);
         let dst = base + first * PAGE_SIZE;
         let (done, stop) = world.move_pages(&world.uffd, dst, src, len * PAGE_SIZE, false);
@@ -213,13 +218,14 @@ impl Space {
         if back != 0 {
             found.granule.set(flag::REQUEUE);
             self.count(Counter::Refaults, 1);
+            self.touched(dst, dst + len * PAGE_SIZE);
         }
         Some(outcome)
     }
 
     /// Brings up to `want` pages from `addr` (in one range) into DRAM. Returns how many came, and what to tell the thread
     /// that waits for the first.
-    fn bring_in(
+    pub(crate) fn bring_in(
         &self,
         world: &World,
         range: &Range,
@@ -230,6 +236,8 @@ impl Space {
     ) -> (usize, Outcome) {
         let frames = self.frames(world, want, hands);
         let stretch = range.stretch(addr, addr + frames.pages() * PAGE_SIZE);
+        // Put after the locks are released.
+        let mut puts = Puts::new(&self.domain, self.me());
         let guards = stretch.lock();
         let first = self.entry_in(&stretch[0], addr);
         let (n, failed) = self.fill(&stretch, addr, frames, hands);
@@ -237,11 +245,16 @@ impl Space {
         let end = addr + done * PAGE_SIZE;
         for at in (addr..end).step_by(PAGE_SIZE) {
             match self.entry_in(&stretch[at / GRANULE - addr / GRANULE], at) {
+                e @ Entry::Away(..) if why == Why::Migrate || self.one_by_one.load(Ordering::Relaxed) => {
+                    puts.begin(e);
+                    self.entries.set(at, Entry::Kernel);
+                }
                 Entry::Away(dev, pfn) => self.entries.set(at, Entry::Copied(dev, pfn)),
                 Entry::Same(_) => self.entries.set(at, Entry::Kernel),
                 _ => {}
             }
         }
+        self.touched(addr, end);
         for found in stretch.iter().filter(|f| done > 0 && f.start < end) {
             if found.granule.slot().is_some() {
                 found.granule.set(flag::REQUEUE);
@@ -275,11 +288,12 @@ impl Space {
         }
         // Only the page that was asked for is given up; one ahead of use is tried again in its turn.
         if n == 0
+            && why != Why::Migrate
             && let Some((dev, e)) = &failed
         {
             self.load_failed(*dev, addr, e);
         }
-        if n == 0 && (failed.is_some() || gone) {
+        if n == 0 && why != Why::Migrate && (failed.is_some() || gone) {
             self.give_up(addr);
             drop(guards);
             return (0, self.poison(world, addr));

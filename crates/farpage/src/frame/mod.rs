@@ -157,11 +157,17 @@ impl FrameTable {
     /// Takes a free frame from 0 to 1 with `owner` in transit, or says that there is none.
     /// The caller writes the page, publishes it in `owner`'s page entry and calls [`Self::settle`].
     pub fn alloc(&self, owner: Owner) -> Option<Pfn> {
-        let groups = self.hints.len();
+        self.alloc_below(self.words.len() as Pfn, owner)
+    }
+
+    /// As [`Self::alloc`], a frame whose number is below `limit`.
+    pub fn alloc_below(&self, limit: Pfn, owner: Owner) -> Option<Pfn> {
+        let limit = self.words.len().min(limit as usize);
+        let groups = limit.div_ceil(64);
         let start = self.cursor.load(Ordering::Relaxed) as usize % groups.max(1);
         for i in 0..groups {
             let group = (start + i) % groups;
-            let frames = 64.min(self.words.len() - group * 64);
+            let frames = 64.min(limit - group * 64);
             let mut free = !self.hints[group].load(Ordering::Relaxed) & (u64::MAX >> (64 - frames));
             while free != 0 {
                 let bit = free.trailing_zeros();

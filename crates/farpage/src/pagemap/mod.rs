@@ -27,6 +27,8 @@ pub struct Pagemap {
     pub frames: FrameTable,
     /// The storage.
     pub device: Box<dyn Device>,
+    /// Frames from this number on are not allocated; 0: there is no such limit. Shared, as the counts are.
+    limit: &'static std::sync::atomic::AtomicU32,
 }
 
 impl Pagemap {
@@ -47,12 +49,26 @@ impl Pagemap {
         if create {
             frames.format();
         }
-        Self { id, memory_type: MemoryType::Private, frames, device }
+        Self { id, memory_type: MemoryType::Private, frames, device, limit: &head[3] }
     }
 
     /// Allocates a frame for `owner`, in transit until [`FrameTable::settle`].
     pub fn alloc(&self, owner: Owner) -> Option<Pfn> {
-        self.frames.alloc(owner)
+        self.frames.alloc_below(self.limit(), owner)
+    }
+
+    /// Frames from this number on are not allocated.
+    pub fn limit(&self) -> Pfn {
+        // SeqCst: who has set it, and then finds a frame free, knows that it stays so.
+        match self.limit.load(std::sync::atomic::Ordering::SeqCst) {
+            0 => self.frames.len() as Pfn,
+            limit => limit,
+        }
+    }
+
+    /// Sets that limit. Frames beyond it that are in use stay in use, until they are moved ([`crate::space::Space::shrink`]).
+    pub fn set_limit(&self, limit: Pfn) {
+        self.limit.store(limit.max(1), std::sync::atomic::Ordering::SeqCst);
     }
 
     /// One more reference for `owner`, in transit; waits out another's transfer.

@@ -83,8 +83,7 @@ impl Space {
         {
             let _guards = stretch.lock();
             let _moving = self.begin_move();
-            let mut news = self.faults.no_news();
-            let mut movable = 0u64;
+            let mut wanted = [0u64; STRETCH];
             for (i, found) in founds.iter().enumerate() {
                 found.granule.clear(flag::QUEUED);
                 if self.in_flux(found.start, found.end) || self.is_held(found.start, found.end) {
@@ -93,30 +92,28 @@ impl Space {
                     // On its way out already; what came back meanwhile queues when that is settled.
                     found.granule.set(flag::REQUEUE);
                 } else {
-                    movable |= mask(i, 1);
+                    let pinned = found.granule.pinned();
+                    wanted[i] = window(found.start, found.end) & !pinned;
+                    if pinned != 0 {
+                        left |= mask(i, 1);
+                    }
                 }
             }
-            for (i, n) in runs(movable) {
-                left |= self.move_out(world, &founds[i..i + n], slot + i as u32, &mut news) << i;
-            }
-            drop(news);
-            for (i, n) in runs(movable) {
-                let mut staged = [0u64; STRETCH];
-                self.find_staged(world, &founds[i..i + n], slot + i as u32, &mut staged);
-                for (k, (found, &staged)) in founds[i..i + n].iter().zip(&staged).enumerate() {
-                    if staged == 0 {
-                        continue;
-                    }
-                    empty &= !mask(i + k, 1);
-                    total += staged.count_ones();
-                    found.granule.set(flag::ENTRIES);
-                    // Before it is in the queue: who takes it from there must find it attached.
-                    let slot = slot + (i + k) as u32;
-                    found.granule.set_slot(Some(slot));
-                    self.slots.attach(slot, found.start, staged);
-                    if left & mask(i + k, 1) != 0 {
-                        found.granule.set(flag::REQUEUE);
-                    }
+            let (staged, stayed) = self.take_out(world, founds, slot, &wanted, &mut |_, _| {});
+            left |= stayed;
+            for (i, (found, &staged)) in founds.iter().zip(&staged).enumerate() {
+                if staged == 0 {
+                    continue;
+                }
+                empty &= !mask(i, 1);
+                total += staged.count_ones();
+                found.granule.set(flag::ENTRIES);
+                // Before it is in the queue: who takes it from there must find it attached.
+                let slot = slot + i as u32;
+                found.granule.set_slot(Some(slot));
+                self.slots.attach(slot, found.start, staged);
+                if left & mask(i, 1) != 0 {
+                    found.granule.set(flag::REQUEUE);
                 }
             }
         }
@@ -132,23 +129,73 @@ impl Space {
         Evicted::Pages(total)
     }
 
-    /// Moves what can be moved of these granules into the slots from `slot` on, under their locks. Returns the set of those
-    /// of which something was left behind.
+    /// Moves the `wanted` pages of these granules, as far as they can be moved, into the empty slots from `slot` on. Under the
+    /// granules' locks, after [`Space::begin_move`]. Returns what is in the slots now, and the set of granules of which something
+    /// was left behind; `stays` is told which pages, and why.
+    pub(crate) fn take_out(
+        &self,
+        world: &World,
+        founds: &[Found<'_>],
+        slot: u32,
+        wanted: &[u64; STRETCH],
+        stays: &mut dyn FnMut(usize, Stop),
+    ) -> ([u64; STRETCH], u64) {
+        let mut news = self.faults.no_news();
+        let base = founds[0].start / GRANULE * GRANULE;
+        let mut left = 0u64;
+        let mut next = None::<(usize, usize)>;
+        for (i, &wanted) in wanted[..founds.len()].iter().enumerate() {
+            for (first, n) in runs(wanted) {
+                let at = base + i * GRANULE + first * PAGE_SIZE;
+                match &mut next {
+                    Some((_, end)) if *end == at => *end += n * PAGE_SIZE,
+                    _ => {
+                        if let Some(span) = next.replace((at, at + n * PAGE_SIZE)) {
+                            left |= self.move_out(world, founds, slot, span, &mut news, stays);
+                        }
+                    }
+                }
+            }
+        }
+        if let Some(span) = next {
+            left |= self.move_out(world, founds, slot, span, &mut news, stays);
+        }
+        drop(news);
+        let mut staged = [0u64; STRETCH];
+        for (i, n) in runs(wanted.iter().enumerate().fold(0, |m, (i, &w)| m | u64::from(w != 0) << i)) {
+            self.find_staged(
+                world,
+                &founds[i..i + n],
+                slot + i as u32,
+                &wanted[i..i + n],
+                &mut staged[i..i + n],
+            );
+        }
+        (staged, left)
+    }
+
+    /// The part of [`Space::take_out`] for one run of pages, which may reach over several granules.
     fn move_out<'a>(
         &'a self,
         world: &World,
         founds: &[Found<'_>],
         slot: u32,
+        (start, end): (usize, usize),
         news: &mut Option<MutexGuard<'a, ()>>,
+        stays: &mut dyn FnMut(usize, Stop),
     ) -> u64 {
         let base = founds[0].start / GRANULE * GRANULE;
-        let end = founds[founds.len() - 1].end;
         let place = |at: usize| self.slots.addr(slot, (at - base) / PAGE_SIZE);
         let granule = |at: usize| mask((at - base) / GRANULE, 1);
+        let from = |at: usize| mask((at - base) / GRANULE, (end - 1) / GRANULE - at / GRANULE + 1);
         let granule_end = |at: usize| (base + GRANULE * ((at - base) / GRANULE + 1)).min(end);
+        if self.in_flux(start, end) {
+            stays(start, Stop::Again);
+            return from(start);
+        }
         let mut left = 0;
         let mut owned = 0;
-        let mut at = founds[0].start;
+        let mut at = start;
         let mut one_by_one = false;
         while at < end {
             let to = if one_by_one { granule_end(at) } else { end };
@@ -168,25 +215,29 @@ impl Space {
                     }
                     *news = self.faults.no_news();
                     if self.in_flux(at, end) {
-                        return left | mask((at - base) / GRANULE, founds.len() - (at - base) / GRANULE);
+                        stays(at, Stop::Again);
+                        return left | from(at);
                     }
                 }
                 Some(Stop::Busy) => {
                     self.count(Counter::PinnedSkips, 1);
                     left |= granule(at);
+                    stays(at, Stop::Busy);
                     at += PAGE_SIZE;
                 }
                 Some(Stop::Invalid) if to > granule_end(at) => one_by_one = true,
                 // A boundary of mappings, or one that may not be written: this page stays.
                 Some(Stop::Invalid | Stop::Gone | Stop::Exists | Stop::NoMemory | Stop::Other(_)) => {
                     let one = world.move_pages(&world.slot_uffd, place(at), at, PAGE_SIZE, true);
-                    if one.1.is_some() {
+                    if let Some(why) = one.1 {
                         left |= granule(at);
+                        stays(at, why);
                     }
                     at += PAGE_SIZE;
                 }
                 Some(Stop::Again) => {
-                    return left | mask((at - base) / GRANULE, founds.len() - (at - base) / GRANULE);
+                    stays(at, Stop::Again);
+                    return left | from(at);
                 }
             }
         }
@@ -194,7 +245,14 @@ impl Space {
     }
 
     /// Which pages of these granules are in the slots from `slot` on.
-    fn find_staged(&self, world: &World, founds: &[Found<'_>], slot: u32, staged: &mut [u64; STRETCH]) {
+    fn find_staged(
+        &self,
+        world: &World,
+        founds: &[Found<'_>],
+        slot: u32,
+        wanted: &[u64],
+        staged: &mut [u64],
+    ) {
         let from = self.slots.addr(slot, 0);
         let seen = world.scan.present(from, from + founds.len() * GRANULE, |s, e| {
             let run = Run { slot, first: (s - from) / PAGE_SIZE, len: (e - s) / PAGE_SIZE };
@@ -204,9 +262,7 @@ impl Space {
         });
         if seen.is_err() {
             // Not knowing which pages are there, we must not lose any: all of them back.
-            for (staged, found) in staged.iter_mut().zip(founds) {
-                *staged = window(found.start, found.end);
-            }
+            staged.copy_from_slice(wanted);
         }
     }
 

@@ -3,7 +3,7 @@
 
 pub(crate) mod cost;
 mod evict;
-mod settle;
+pub(crate) mod settle;
 mod supply;
 pub mod worker;
 

@@ -3,14 +3,15 @@
 //! Until the device has confirmed the store, the staged page is the page: a fault takes it back at any moment,
 //! and what was stored for nothing is put.
 
-use crate::PAGE_SIZE;
 use crate::device::{DeviceError, StoreOp, Sum};
 use crate::domain::Counter;
 use crate::domain::entry::Entry;
 use crate::frame::Pfn;
+use crate::pagemap::Pagemap;
 use crate::space::puts::Puts;
-use crate::space::range::{Found, GRANULE, flag};
+use crate::space::range::{Found, GRANULE, GRANULE_PAGES, flag};
 use crate::space::{Space, World};
+use crate::{PAGE_SIZE, Page};
 
 use super::Hands;
 
@@ -33,12 +34,37 @@ struct Dirty {
     page: usize,
     sum: Sum,
     stored: Option<(u8, Pfn)>,
+    error: Option<DeviceError>,
+}
+
+/// Where pages are to settle, and what has become of them: sets of the slot's pages.
+#[derive(Default)]
+pub(crate) struct Settling {
+    /// On this device and no other, each page in a frame of its own (a migration); else on the first that takes the page.
+    pub on: Option<u8>,
+    /// Settled.
+    pub moved: u64,
+    /// Not taken by the device; not tried again.
+    pub refused: u64,
+    /// Of these, because the device failed, not because it is full.
+    pub failed: u64,
 }
 
 impl Space {
     /// Settles some pages of a slot that the caller has taken with [`crate::space::slots::Slots::oldest`]. Unless `Done`, he
     /// returns it with `unsettled`.
     pub(crate) fn settle(&self, world: &World, slot: u32, hands: &mut Hands) -> Settled {
+        self.settle_on(world, slot, hands, &mut Settling::default())
+    }
+
+    /// As [`Space::settle`], where `job` says.
+    pub(crate) fn settle_on(
+        &self,
+        world: &World,
+        slot: u32,
+        hands: &mut Hands,
+        job: &mut Settling,
+    ) -> Settled {
         let _working = self.quiet.read();
         let addr = self.slots.granule_of(slot);
         // Under the lock: who attaches or takes back is done with it.
@@ -53,16 +79,21 @@ impl Space {
             return Settled::Done;
         };
         let base = addr / GRANULE * GRANULE;
-        let mut dirty: Vec<Dirty> = Vec::with_capacity(BATCH);
+        // To memory, pages go straight from where they are staged; what may take longer, or fails in its own ways, works on
+        // copies and without the lock.
+        let in_place = self.targets(job.on).all(|map| map.device.is_memory());
+        let batch = if in_place && job.on.is_some() { GRANULE_PAGES } else { BATCH };
+        let mut dirty: Vec<Dirty> = Vec::with_capacity(batch);
         let mut puts = Puts::new(&self.domain, self.me());
+        let mut stored_all = true;
         {
             let _guard = found.granule.lock();
             let staged = self.slots.staged(slot);
             let mut freed = 0u64;
             let (mut clean, mut same) = (0, 0);
             self.fetch(slot, staged, base);
-            let mut rest = staged;
-            for _ in 0..BATCH {
+            let mut rest = staged & !job.refused;
+            for _ in 0..batch {
                 if rest == 0 {
                     break;
                 }
@@ -72,49 +103,53 @@ impl Space {
                 // The page is staged and we hold its granule's lock.
                 let page = self.slots.staged_page(slot, i);
                 let old = self.entries.get(at);
-                if let Some(value) = same_filled(&page.0) {
+                if job.on.is_none()
+                    && let Some(value) = same_filled(&page.0)
+                {
                     puts.begin(old);
                     self.entries.set(at, Entry::Same(value));
                     freed |= 1 << i;
                     same += 1;
                     continue;
                 }
-                let sum = Sum::of(page);
-                match old {
-                    Entry::Copied(dev, pfn) if self.domain.pagemap(dev).device.sum(pfn) == sum => {
+                let copy = old.frame().filter(|&(dev, _)| job.on.is_none_or(|on| on == dev));
+                let sum = if in_place && copy.is_none() { Sum::default() } else { Sum::of(page) };
+                match copy {
+                    Some((dev, pfn)) if self.domain.pagemap(dev).device.sum(pfn) == sum => {
                         self.entries.set(at, Entry::Away(dev, pfn));
                         freed |= 1 << i;
                         clean += 1;
                     }
                     _ => {
-                        hands.pages[dirty.len()].0.copy_from_slice(&page.0);
-                        dirty.push(Dirty { page: i, sum, stored: None });
+                        if !in_place {
+                            hands.pages[dirty.len()].0.copy_from_slice(&page.0);
+                        }
+                        dirty.push(Dirty { page: i, sum, stored: None, error: None });
                     }
                 }
             }
+            if in_place && !dirty.is_empty() {
+                stored_all = self.store(&mut dirty, |d, _| self.slots.staged_page(slot, d.page), job);
+                freed |= self.publish(&dirty, base, u64::MAX, &mut puts);
+                dirty.clear();
+            }
+            job.moved |= freed;
             self.slots.set_staged(slot, staged & !freed);
             self.retire(slot, freed);
             self.count(Counter::PagesClean, clean);
             self.count(Counter::PagesSame, same);
         }
-        let stored_all = dirty.is_empty() || self.store(&mut dirty, hands);
+        if !dirty.is_empty() {
+            stored_all = self.store(&mut dirty, |_, k| &hands.pages[k], job);
+        }
         let mut undone: Vec<(u8, Pfn)> = Vec::new();
-        let done = {
+        let (done, untried) = {
             let _guard = found.granule.lock();
             let staged = self.slots.staged(slot);
-            let mut freed = 0u64;
-            for d in &dirty {
-                let Some((dev, pfn)) = d.stored else { continue };
-                if staged & (1 << d.page) == 0 {
-                    undone.push((dev, pfn)); // taken back meanwhile
-                    continue;
-                }
-                let at = base + d.page * PAGE_SIZE;
-                puts.begin(self.entries.get(at));
-                self.entries.set(at, Entry::Away(dev, pfn));
-                self.domain.pagemap(dev).frames.settle(pfn);
-                freed |= 1 << d.page;
-            }
+            let freed = self.publish(&dirty, base, staged, &mut puts);
+            // Taken back meanwhile: stored for nothing.
+            undone.extend(dirty.iter().filter(|d| freed & (1 << d.page) == 0).filter_map(|d| d.stored));
+            job.moved |= freed;
             self.slots.set_staged(slot, staged & !freed);
             self.retire(slot, freed);
             let done = staged & !freed == 0;
@@ -125,7 +160,7 @@ impl Space {
                     self.enqueue(&found);
                 }
             }
-            done
+            (done, staged & !freed & !job.refused != 0)
         };
         for (dev, pfn) in undone {
             self.domain.pagemap(dev).put_in_transit(&[pfn], self.me());
@@ -134,11 +169,31 @@ impl Space {
         if done {
             self.slots.detach(slot);
             Settled::Done
-        } else if stored_all {
+        } else if stored_all || (job.on.is_some() && untried) {
             Settled::More
         } else {
             Settled::Full
         }
+    }
+
+    /// The devices that pages may settle on.
+    fn targets(&self, on: Option<u8>) -> impl Iterator<Item = &Pagemap> {
+        self.domain.pagemaps.iter().filter(move |map| on.is_none_or(|on| on == map.id))
+    }
+
+    /// What has been stored, and is still among the `staged`, is on its device from now on. Under the granule's lock; returns the
+    /// set.
+    fn publish(&self, dirty: &[Dirty], base: usize, staged: u64, puts: &mut Puts<'_>) -> u64 {
+        let mut freed = 0;
+        for d in dirty.iter().filter(|d| staged & (1 << d.page) != 0) {
+            let Some((dev, pfn)) = d.stored else { continue };
+            let at = base + d.page * PAGE_SIZE;
+            puts.begin(self.entries.get(at));
+            self.entries.set(at, Entry::Away(dev, pfn));
+            self.domain.pagemap(dev).frames.settle(pfn);
+            freed |= 1 << d.page;
+        }
+        freed
     }
 
     /// Has what is needed of the next few staged pages fetched into the cache, all at the same time.
@@ -164,14 +219,20 @@ impl Space {
         }
     }
 
-    /// Stores the pages that lie in `hands` on the first device that takes them. False if some found no place.
-    fn store(&self, dirty: &mut [Dirty], hands: &Hands) -> bool {
-        for map in &self.domain.pagemaps {
+    /// Stores pages (`page` says where number so-and-so lies) on the first device that takes them, of those that the job allows.
+    /// False if some found no place.
+    fn store<'p>(
+        &self,
+        dirty: &mut [Dirty],
+        page: impl Fn(&Dirty, usize) -> &'p Page,
+        job: &mut Settling,
+    ) -> bool {
+        for map in self.targets(job.on) {
             let mut ops: Vec<StoreOp<'_>> = Vec::with_capacity(dirty.len());
             let mut which: Vec<usize> = Vec::with_capacity(dirty.len());
             for (k, d) in dirty.iter().enumerate().filter(|(_, d)| d.stored.is_none()) {
                 let Some(pfn) = map.alloc(self.me()) else { break };
-                ops.push(StoreOp { pfn, page: &hands.pages[k], sum: d.sum, result: Err(DeviceError::Full) });
+                ops.push(StoreOp { pfn, page: page(d, k), sum: d.sum, result: Err(DeviceError::Full) });
                 which.push(k);
             }
             if ops.is_empty() {
@@ -186,6 +247,7 @@ impl Space {
                         if *e != DeviceError::Full {
                             self.store_failed(map.device.name(), e);
                         }
+                        dirty[k].error = Some(e.clone());
                     }
                 }
             }
@@ -193,10 +255,18 @@ impl Space {
                 return true;
             }
         }
+        for d in dirty.iter().filter(|d| d.stored.is_none()) {
+            if job.on.is_some() {
+                job.refused |= 1 << d.page;
+            }
+            if matches!(d.error, Some(ref e) if *e != DeviceError::Full) {
+                job.failed |= 1 << d.page;
+            }
+        }
         false
     }
 
-    fn store_failed(&self, device: &str, e: &DeviceError) {
+    pub(crate) fn store_failed(&self, device: &str, e: &DeviceError) {
         self.count(Counter::StoreErrors, 1);
         // The first of each thousand, not to flood the program's stderr.
         if self.slot().counters[Counter::StoreErrors as usize].load(std::sync::atomic::Ordering::Relaxed)

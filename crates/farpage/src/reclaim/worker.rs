@@ -79,7 +79,7 @@ pub fn run(space: &'static Space) -> ! {
 /// of ours held.
 fn step(space: &Space, hands: &mut Hands, refilling: &mut bool) -> bool {
     let world = space.world.read();
-    if space.page_out_next(&world, hands) {
+    if space.page_out_next(&world, hands) || space.next_job(&world, hands) {
         return true;
     }
     let marks = space.marks();

@@ -33,6 +33,11 @@ impl BitSet {
         if there { self.0[i / 64] |= bit } else { self.0[i / 64] &= !bit }
     }
 
+    /// Whether `i` is in it.
+    pub fn has(&self, i: usize) -> bool {
+        self.0[i / 64] & (1 << (i % 64)) != 0
+    }
+
     /// The first run of `want` consecutive members, or else the longest one, as (first, length); `None` if the set is
     /// empty.
     pub fn run(&self, want: usize) -> Option<(usize, usize)> {

@@ -42,6 +42,7 @@ impl Space {
         if world.announces_forks {
             self.forks.store(1, Ordering::SeqCst);
         }
+        self.end_exclusives(&world);
         let theirs = Entries::new(&window);
         let slot = self.domain.slot(child);
         // Where no room could be made, this is above the budget, and is counted so.
@@ -113,6 +114,7 @@ impl Space {
     pub fn after_fork_in_parent(&self, forking: Forking) {
         let Forking { world, window, child, _signals } = forking;
         window.unmap();
+        self.pins.forked();
         // The announcement has been read and noted, or there would be no child.
         self.faults.caught_up();
         if self.forks.swap(0, Ordering::SeqCst) != 0 {
@@ -140,6 +142,7 @@ impl Space {
         unsafe {
             self.faults.renew();
             self.holds.reset();
+            self.jobs.renew();
             self.ahead.renew(VecDeque::new());
             self.outgoing.renew(VecDeque::new());
             self.flux.renew(super::behind::Flux::default());
@@ -157,6 +160,7 @@ impl Space {
         // The parent's descriptors go, ours come.
         *world = World::open(Ranges::default(), &self.slots)?;
         world.ranges = ranges;
+        self.pins.reset(&world.ranges);
         register_all(&world)?;
         self.note_descriptors(&world);
         self.ring_bell_with(&world)?;

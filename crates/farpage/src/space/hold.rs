@@ -105,6 +105,12 @@ impl Space {
     /// From now on nothing of `[start, end)` leaves DRAM; what is away may come back.
     pub fn hold(&self, start: usize, end: usize) -> Hold<'_> {
         let hold = Hold { space: self, index: self.holds.take(start, end) };
+        self.wait_for_moves();
+        hold
+    }
+
+    /// Returns when no page is being moved out by anyone who has not seen what the caller holds or has pinned.
+    pub(crate) fn wait_for_moves(&self) {
         // With the fence in `begin_move`: either an eviction sees the hold, or we see the eviction.
         fence(Ordering::SeqCst);
         loop {
@@ -115,7 +121,6 @@ impl Space {
             // Asleep, not spinning: who evicts may be of a lower priority than we are, on this CPU.
             crate::sys::futex_wait(&self.holds.moving, moving, Some(LOOK_AGAIN));
         }
-        hold
     }
 
     /// Says that pages are about to be moved out.
@@ -123,6 +128,11 @@ impl Space {
         self.holds.moving.fetch_add(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         Moving(&self.holds)
+    }
+
+    /// Whether any of `[start, end)` is held, for a look.
+    pub(crate) fn holds_any(&self, start: usize, end: usize) -> bool {
+        self.holds.covers(start, end)
     }
 
     /// Whether any of `[start, end)` must stay, and counts it. Between [`Space::begin_move`] and the move.

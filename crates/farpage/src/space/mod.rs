@@ -13,16 +13,19 @@
 mod advice;
 mod behind;
 pub(crate) mod bits;
+pub mod exclusive;
 pub mod fork;
 mod hold;
 mod in_place;
 mod on_device;
 pub mod ops;
 mod orphan;
+pub mod pin;
 pub(crate) mod puts;
 pub mod range;
 mod remap;
 pub mod slots;
+pub mod snapshot;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
@@ -118,6 +121,12 @@ pub struct Space {
     holds: hold::Holds,
     /// A fault brings in the page that was touched and no other.
     pub(crate) one_by_one: AtomicBool,
+    /// See [`pin`].
+    pins: pin::Pins,
+    /// See [`exclusive`].
+    exclusives: exclusive::Exclusives,
+    /// What manager threads are asked to do: see [`crate::migrate`].
+    pub(crate) jobs: crate::migrate::Jobs,
     /// No device takes a page any more; cleared when frames become free.
     pub(crate) full: AtomicBool,
     pub(crate) said_full: AtomicBool,
@@ -171,6 +180,9 @@ impl Space {
             flux: sys::Mutex::new(behind::Flux::default()),
             holds: hold::Holds::new(),
             one_by_one: AtomicBool::new(false),
+            pins: pin::Pins::default(),
+            exclusives: exclusive::Exclusives::default(),
+            jobs: crate::migrate::Jobs::default(),
             full: AtomicBool::new(false),
             said_full: AtomicBool::new(false),
             stuck_until: AtomicU64::new(0),
@@ -219,6 +231,16 @@ impl Space {
     pub fn set_running(&self, starter: fn(usize) -> bool) {
         let _the_same = self.starter.set(starter);
         self.running.store(true, Ordering::Release);
+    }
+
+    /// Whether the manager's threads are there.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.load(Ordering::Acquire)
+    }
+
+    /// The world, to look at it.
+    pub(crate) fn read_world(&self) -> sys::Read<'_, World> {
+        self.world.read()
     }
 
     pub(crate) fn start_handler(&self, index: usize) -> bool {

@@ -249,6 +249,7 @@ impl Space {
     /// Gives up the copies, staged pages and entries of `[start, end)`, which lies in one granule.
     pub(crate) fn drop_pages(&self, found: &Found<'_>, start: usize, end: usize) {
         let granule = found.granule;
+        self.touched(start, end);
         if let Some(slot) = granule.slot() {
             let gone = self.slots.staged(slot) & window(start, end);
             self.slots.set_staged(slot, self.slots.staged(slot) & !gone);
@@ -307,6 +308,7 @@ impl Space {
     /// is gone) become free frames. With the world held exclusively.
     pub(crate) fn unstage(&self, world: &World, found: &Found<'_>) {
         let Some(slot) = found.granule.slot() else { return };
+        self.touched(found.start, found.end);
         let base = found.start / GRANULE * GRANULE;
         let staged = self.slots.staged(slot);
         for (first, len) in slots::runs(staged) {

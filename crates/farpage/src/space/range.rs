@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use super::pin::GranulePins;
 use crate::PAGE_SIZE;
 
 /// Pages of a granule, the unit of reclaim: 64, so that a set of them is a `u64`.
@@ -36,6 +38,8 @@ pub struct Granule {
     /// Its staging slot + 1; 0 = none. Changed under the lock.
     slot: AtomicU32,
     flags: AtomicU32,
+    /// What is pinned of it; made by the first pin.
+    pins: OnceLock<Arc<GranulePins>>,
 }
 
 /// A granule's lock, held.
@@ -66,6 +70,23 @@ impl Granule {
     /// Sets or clears its staging slot; under the lock.
     pub fn set_slot(&self, slot: Option<u32>) {
         self.slot.store(slot.map_or(0, |s| s + 1), Ordering::Relaxed);
+    }
+
+    /// The pages of it that are pinned.
+    pub(crate) fn pinned(&self) -> u64 {
+        self.pins.get().map_or(0, |pins| pins.pages())
+    }
+
+    /// In a forked child: what is pinned is the parent's.
+    pub(crate) fn forget_pins(&self) {
+        if let Some(pins) = self.pins.get() {
+            pins.clear();
+        }
+    }
+
+    /// For pinning some of it.
+    pub(crate) fn pins(&self) -> &Arc<GranulePins> {
+        self.pins.get_or_init(Arc::default)
     }
 
     /// Whether a flag is set.
@@ -182,7 +203,8 @@ impl Range {
             let shared = &self.granules[first];
             let flags = AtomicU32::new(shared.flags.load(Ordering::Relaxed));
             debug_assert!(shared.slot().is_none());
-            upper.push(Granule { flags, ..Granule::default() });
+            // Pins go by the page's place in the granule, so both parts can have the same.
+            upper.push(Granule { flags, pins: shared.pins.clone(), ..Granule::default() });
             upper.extend(self.granules.drain(first + 1..));
         } else {
             upper.extend(self.granules.drain(first..));

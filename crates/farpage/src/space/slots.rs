@@ -15,7 +15,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use super::bits::BitSet;
 pub use super::bits::{mask, runs};
-use super::range::{GRANULE, GRANULE_PAGES};
+use super::range::{GRANULE, GRANULE_PAGES, STRETCH};
 use crate::{PAGE_SIZE, Page};
 
 /// Where a slot stands.
@@ -103,15 +103,15 @@ impl Slots {
         let raw = unsafe {
             rustix::mm::mmap_anonymous(
                 std::ptr::null_mut(),
-                (n + 1) * GRANULE,
+                (n + STRETCH) * GRANULE,
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::PRIVATE | MapFlags::NORESERVE,
             )?
         };
         // SAFETY: our own mapping. Huge pages would be split at once; an error only means there are none.
         let _advice =
-            unsafe { rustix::mm::madvise(raw, (n + 1) * GRANULE, rustix::mm::Advice::LinuxNoHugepage) };
-        let base = (raw as usize).next_multiple_of(GRANULE);
+            unsafe { rustix::mm::madvise(raw, (n + STRETCH) * GRANULE, rustix::mm::Advice::LinuxNoHugepage) };
+        let base = (raw as usize).next_multiple_of(STRETCH * GRANULE);
         let meta = (0..n).map(|_| Meta { state: State::Empty, free: 0, taken: 0, listed: false }).collect();
         let mut empty = BitSet::new(n);
         (0..n).for_each(|slot| empty.set(slot, true));
@@ -163,6 +163,14 @@ impl Slots {
         unsafe { &*(self.addr(slot, page) as *const Page) }
     }
 
+    /// As [`Slots::staged_page`], to change it.
+    #[allow(clippy::mut_from_ref)] // the page is the lock holder's alone
+    pub(crate) fn staged_page_mut(&self, slot: u32, page: usize) -> &mut Page {
+        debug_assert!(page < GRANULE_PAGES && self.staged(slot) & mask(page, 1) != 0);
+        // SAFETY: as in `staged_page`; who holds the granule's lock is the only one to use it.
+        unsafe { &mut *(self.addr(slot, page) as *mut Page) }
+    }
+
     /// The bytes of frame number `i` of those that the caller has got from [`Slots::take`] and not yet moved or returned.
     #[allow(clippy::mut_from_ref)] // the frame is the caller's alone, like what an allocator returns
     pub(crate) fn taken_page(&self, run: Run, i: usize) -> &mut Page {
@@ -205,6 +213,25 @@ impl Slots {
         Some((first as u32, n))
     }
 
+    /// As [`Slots::take_empty`]; where that is possible, for a whole huge page, at a multiple of its size: then a huge page moves
+    /// as one.
+    pub fn take_empty_huge(&self, want: usize) -> Option<(u32, usize)> {
+        if want == STRETCH {
+            let mut l = self.lists();
+            let first = (0..self.shared.len() / STRETCH)
+                .map(|i| i * STRETCH)
+                .find(|&first| (first..first + STRETCH).all(|slot| l.empty.has(slot)));
+            if let Some(first) = first {
+                for slot in first..first + STRETCH {
+                    l.empty.set(slot, false);
+                    l.meta[slot].state = State::Settling;
+                }
+                return Some((first as u32, STRETCH));
+            }
+        }
+        self.take_empty(want)
+    }
+
     /// How many empty slots, up to `want`, lie one after the other.
     pub fn empty_run(&self, want: usize) -> usize {
         self.lists().empty.run(want).map_or(0, |(_, n)| n)
@@ -224,6 +251,12 @@ impl Slots {
         let mut l = self.lists();
         l.meta[slot as usize].state = State::Staged;
         l.fifo.push_back(slot);
+    }
+
+    /// As [`Slots::attach`], for who settles it himself: it does not queue.
+    pub fn attach_taken(&self, slot: u32, granule: usize, staged: u64) {
+        self.set_granule(slot, granule);
+        self.set_staged(slot, staged);
     }
 
     /// The slot that has been staged longest, to settle it; [`Slots::detach`] or [`Slots::unsettled`] ends it.

@@ -42,6 +42,30 @@ pub fn read_fault(start: usize, len: usize) {
     let _tried = unsafe { rustix::mm::madvise(start as *mut _, len, Advice::LinuxPopulateRead) };
 }
 
+/// Faults pages in, to be read or to be written, without changing a byte.
+///
+/// # Errors
+/// Not mapped, or not allowed: some page could not be had.
+pub fn populate(start: usize, len: usize, write: bool) -> Result<(), Errno> {
+    let advice = if write { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
+    // SAFETY: populating changes no byte.
+    unsafe { rustix::mm::madvise(start as *mut _, len, advice) }
+}
+
+/// Asks the kernel to make huge pages of `[start, start + len)` now (`MADV_COLLAPSE`).
+///
+/// # Errors
+/// As the kernel's: no huge page, something is pinned or absent, not supported.
+pub fn collapse(start: usize, len: usize) -> Result<(), Errno> {
+    const MADV_COLLAPSE: libc::c_int = 25;
+    // SAFETY: the pages' bytes and addresses stay as they are.
+    let r = unsafe { libc::madvise(start as *mut _, len, MADV_COLLAPSE) };
+    if r == 0 {
+        return Ok(());
+    }
+    Err(Errno::from_raw_os_error(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)))
+}
+
 /// Where the calling thread's stack is just now.
 #[inline(never)]
 pub fn stack_pointer() -> usize {

@@ -7,6 +7,7 @@ mod futex;
 pub(crate) mod in_place;
 mod lock;
 pub mod lz4;
+mod mappings;
 mod memory;
 mod mutex;
 mod pagemap_scan;
@@ -20,12 +21,13 @@ pub mod uffd;
 
 pub use futex::{futex_wait, futex_wait_any, futex_wake};
 pub use lock::{Locked, Peers, RobustLock};
+pub use mappings::{Mapping, Mappings};
 pub use memory::{
-    ForkMark, drop_page, drop_pages, mappings_in, prefetch, private_page, read_fault, reserve, stack_pointer,
-    write_fault,
+    ForkMark, collapse, drop_page, drop_pages, mappings_in, populate, prefetch, private_page, read_fault,
+    reserve, stack_pointer, write_fault,
 };
 pub use mutex::{Mutex, MutexGuard};
-pub use pagemap_scan::PageScan;
+pub use pagemap_scan::{Kind, PageScan};
 pub use process::{
     BlockedSignals, bind, cpu_of, fatal, gettid, hold_for_life, keep_off, keep_only, run_delay_ns, say,
     set_idle_policy,

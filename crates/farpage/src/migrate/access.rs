@@ -1,0 +1,162 @@
+//! Pages that are not in the program, used where they are: what a device does with memory that it has been given.
+
+use crate::PAGE_SIZE;
+use crate::device::{DeviceError, LoadOp, StoreOp, Sum};
+use crate::domain::Counter;
+use crate::domain::entry::Entry;
+use crate::reclaim::Hands;
+use crate::space::puts::Puts;
+use crate::space::range::{Found, GRANULE, flag};
+use crate::space::{Space, World};
+
+/// Why a device could not use a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum AccessError {
+    /// The page is in the program, or there is none: the CPU's to use, not a device's.
+    #[error("the page at {0:#x} is not on a device")]
+    InDram(usize),
+    /// There is no memory, or none that farpage manages.
+    #[error("the page at {0:#x} is not managed memory")]
+    NotManaged(usize),
+    /// No room for the changed page.
+    #[error("the device has no room for the page at {0:#x}")]
+    NoMemory(usize),
+    /// The device failed.
+    #[error("the device failed with the page at {0:#x}")]
+    Device(usize),
+}
+
+/// Bytes for or from a device.
+struct Access {
+    start: usize,
+    bytes: Vec<u8>,
+    done: usize,
+    result: Result<(), AccessError>,
+}
+
+impl Space {
+    /// Reads bytes of pages that are on a device, or staged for one, without bringing them in.
+    ///
+    /// # Errors
+    /// [`AccessError`]: which page is not; what lies before it has been read.
+    pub fn device_read(&self, start: usize, out: &mut [u8]) -> Result<(), AccessError> {
+        let access = Access { start, bytes: vec![0; out.len()], done: 0, result: Ok(()) };
+        let access = self.on_worker(access, |space, world, hands, a| {
+            space.access_next(world, a, hands, |page, bytes| bytes.copy_from_slice(page), false)
+        });
+        out.copy_from_slice(&access.bytes);
+        access.result
+    }
+
+    /// Writes bytes to pages that are on a device, or staged for one, without bringing them in. A page on a device gets a new
+    /// frame: frames are never changed in place, because a forked child may share them.
+    ///
+    /// # Errors
+    /// [`AccessError`]: which page is not; what lies before it has been written.
+    pub fn device_write(&self, start: usize, data: &[u8]) -> Result<(), AccessError> {
+        let access = Access { start, bytes: data.to_vec(), done: 0, result: Ok(()) };
+        self.on_worker(access, |space, world, hands, a| {
+            space.access_next(world, a, hands, |page, bytes| page.copy_from_slice(bytes), true)
+        })
+        .result
+    }
+
+    /// The part that lies in one granule. True: that was the last, or it failed.
+    fn access_next(
+        &self,
+        world: &World,
+        a: &mut Access,
+        hands: &mut Hands,
+        copy: fn(&mut [u8], &mut [u8]),
+        write: bool,
+    ) -> bool {
+        let until = (a.start + a.done) / GRANULE * GRANULE + GRANULE;
+        while a.done < a.bytes.len() && a.start + a.done < until {
+            let at = a.start + a.done;
+            let (page, offset) = (at / PAGE_SIZE * PAGE_SIZE, at % PAGE_SIZE);
+            let n = (PAGE_SIZE - offset).min(a.bytes.len() - a.done);
+            let Some(found) = world.ranges.granule(page) else {
+                a.result = Err(AccessError::NotManaged(page));
+                return true;
+            };
+            let bytes = &mut a.bytes[a.done..a.done + n];
+            if let Err(e) =
+                self.access_page(&found, page, hands, write, |p| copy(&mut p[offset..offset + n], bytes))
+            {
+                a.result = Err(e);
+                return true;
+            }
+            a.done += n;
+        }
+        a.done == a.bytes.len()
+    }
+
+    fn access_page(
+        &self,
+        found: &Found<'_>,
+        at: usize,
+        hands: &mut Hands,
+        write: bool,
+        mut f: impl FnMut(&mut [u8; PAGE_SIZE]),
+    ) -> Result<(), AccessError> {
+        let mut puts = Puts::new(&self.domain, self.me());
+        let _guard = found.granule.lock();
+        let i = at % GRANULE / PAGE_SIZE;
+        if let Some(slot) = found.granule.slot().filter(|&s| self.slots.staged(s) & (1 << i) != 0) {
+            if !write {
+                let buffer = &mut hands.pages[0].0;
+                buffer.copy_from_slice(&self.slots.staged_page(slot, i).0);
+                f(buffer);
+                return Ok(());
+            }
+            // An older copy is known to be older by its checksum.
+            f(&mut self.slots.staged_page_mut(slot, i).0);
+            return Ok(());
+        }
+        let entry = if found.granule.has(flag::ENTRIES) { self.entries.get(at) } else { Entry::Kernel };
+        let page = &mut hands.pages[0];
+        let home = match entry {
+            Entry::Away(dev, pfn) => {
+                let mut op = [LoadOp { pfn, page, result: Err(DeviceError::Corrupt) }];
+                let (_, bad, result) = self.domain.pagemap(dev).load(&mut op);
+                self.count(Counter::LoadErrors, bad);
+                result.map_err(|_| AccessError::Device(at))?;
+                Some(dev)
+            }
+            Entry::Same(value) => {
+                page.fill(value);
+                None
+            }
+            Entry::Lost => return Err(AccessError::Device(at)),
+            Entry::Kernel | Entry::Copied(..) => return Err(AccessError::InDram(at)),
+        };
+        let page = &mut hands.pages[0];
+        f(&mut page.0);
+        if !write {
+            return Ok(());
+        }
+        let page = &hands.pages[0];
+        let mut error = AccessError::NoMemory(at);
+        for map in self.domain.pagemaps.iter().filter(|m| home.is_none_or(|home| home == m.id)) {
+            let Some(pfn) = map.alloc(self.me()) else { continue };
+            let mut op = [StoreOp { pfn, page, sum: Sum::of(page), result: Err(DeviceError::Full) }];
+            map.device.store(&mut op, self.me());
+            match &op[0].result {
+                Ok(()) => {
+                    puts.begin(entry);
+                    self.entries.set(at, Entry::Away(map.id, pfn));
+                    map.frames.settle(pfn);
+                    return Ok(());
+                }
+                Err(e) => {
+                    map.put_in_transit(&[pfn], self.me());
+                    if *e != DeviceError::Full {
+                        self.store_failed(map.device.name(), e);
+                        error = AccessError::Device(at);
+                    }
+                }
+            }
+        }
+        Err(error)
+    }
+}

@@ -1,0 +1,211 @@
+//! Migration: pages move to a device, back to DRAM, or between devices, on request.
+//!
+//! The three steps are those of Linux' `migrate_vma`. *Collect* ([`out`]): one `UFFDIO_MOVE` takes up to 2 MiB out of the
+//! program into staging slots; whoever touches a page meanwhile gets it back, and it is not moved. *Copy*: the pages are
+//! stored on the device straight from there. *Finalize*: the page entries name their new frames and the DRAM is free, or
+//! the pages go back. It is the way that reclaim goes ([`crate::reclaim`]), with a device that is named; and the way in
+//! ([`back`]) is that of a fault. A page that cannot move says why; the others go on.
+//!
+//! # Holes and zero pages
+//!
+//! What was asked to be on a device is there afterwards, each page in a frame of its own: a hole becomes a frame of zeros on the
+//! device, without being faulted in, and so does a page that has left DRAM as one value repeated. (Reclaim keeps such
+//! pages without any frame; but a device that is given a range wants to find it.) On the way back a frame of zeros is a page
+//! like any other, and holes stay holes.
+//!
+//! # Whose thread
+//!
+//! The reclaim worker does the moving, and the caller waits: his stack, and what he allocates, may be the very memory that
+//! moves. (What he hands over, the report and the closure, must not: a library that manages its program's heap needs a heap of
+//! its own, as farpage-preload has.)
+
+mod access;
+mod back;
+mod compact;
+mod jobs;
+mod out;
+
+pub use access::AccessError;
+pub use compact::Compacted;
+pub(crate) use jobs::Jobs;
+
+use std::ops::Range;
+
+use crate::PAGE_SIZE;
+use crate::reclaim::Hands;
+use crate::space::range::{GRANULE, STRETCH};
+use crate::space::{Space, World};
+
+/// Bytes that move together at most: a huge page.
+const WINDOW: usize = STRETCH * GRANULE;
+
+/// Where to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    /// DRAM, in the program.
+    System,
+    /// The device with this number ([`crate::pagemap::Pagemap::id`]).
+    Device(u8),
+}
+
+/// Why a page did not move. It is where it was, unless something else has moved it meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// Somebody has pinned it: by [`Space::pin`], by [`Space::hold`], or through the kernel (a registered buffer, a transfer in flight).
+    Pinned,
+    /// It is shared with another process since a fork and could not be made this one's own.
+    Shared,
+    /// Somebody else was at it: a fault brought it back, its mapping was being changed, another migration had it.
+    Busy,
+    /// The device is full, or there is no DRAM for it.
+    NoMemory,
+    /// Its mapping may not be written: the kernel moves no page out of such.
+    ReadOnly,
+    /// Its mapping is locked (`mlock`) or otherwise unlike ours: the kernel moves no page out of such.
+    Locked,
+    /// There is no memory, or none that farpage manages.
+    Unmanaged,
+    /// The device failed to store or to load it.
+    Device,
+    /// It was lost earlier: who touches it gets SIGBUS.
+    Lost,
+}
+
+/// What became of a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It moved.
+    Moved,
+    /// It is where it was asked to be already; or there is no page, and none was asked for.
+    There,
+    /// It did not move.
+    Refused(Refusal),
+}
+
+/// What became of each page of a range.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MigrateReport {
+    /// The first page's address.
+    pub start: usize,
+    /// Page by page.
+    pub pages: Vec<Outcome>,
+}
+
+impl MigrateReport {
+    /// How many moved.
+    pub fn moved(&self) -> usize {
+        self.pages.iter().filter(|&&o| o == Outcome::Moved).count()
+    }
+
+    /// How many are where they were asked to be.
+    pub fn there(&self) -> usize {
+        self.pages.iter().filter(|o| !matches!(o, Outcome::Refused(_))).count()
+    }
+
+    /// Those that did not move: address and reason.
+    pub fn refused(&self) -> impl Iterator<Item = (usize, Refusal)> + '_ {
+        self.pages.iter().enumerate().filter_map(|(i, o)| match o {
+            Outcome::Refused(why) => Some((self.start + i * PAGE_SIZE, *why)),
+            _ => None,
+        })
+    }
+}
+
+/// Why nothing could be migrated at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum MigrateError {
+    /// Not whole pages, none at all, or beyond the address space.
+    #[error("{start:#x}..{end:#x} is no range of whole pages")]
+    Range {
+        /// First byte.
+        start: usize,
+        /// One past the last.
+        end: usize,
+    },
+    /// No such device.
+    #[error("there is no device {0}")]
+    NoDevice(u8),
+}
+
+/// A migration under way.
+struct Progress {
+    start: usize,
+    at: usize,
+    end: usize,
+    to: Target,
+    /// Pages that may still come in: more would only push out what came first.
+    room: usize,
+    pages: Vec<Outcome>,
+}
+
+impl Space {
+    /// Moves the pages of `range` (whole pages) to a device, or back to DRAM. Returns when all of it is done; what became of
+    /// each page is in the report, as of the moment when it was its turn.
+    ///
+    /// # Errors
+    /// [`MigrateError`]: nothing was tried.
+    pub fn migrate(&self, range: Range<usize>, to: Target) -> Result<MigrateReport, MigrateError> {
+        check(&range)?;
+        if let Target::Device(dev) = to
+            && usize::from(dev) >= self.domain.pagemaps.len()
+        {
+            return Err(MigrateError::NoDevice(dev));
+        }
+        let Range { start, end } = range;
+        let pages = vec![Outcome::Refused(Refusal::Unmanaged); (end - start) / PAGE_SIZE];
+        let budget = self.domain.budget() as usize;
+        let progress = Progress { start, at: start, end, to, room: budget - budget / 8, pages };
+        let progress = self.on_worker(progress, |space, world, hands, p| {
+            let end = (p.at / WINDOW * WINDOW + WINDOW).min(p.end);
+            let first = (p.at - p.start) / PAGE_SIZE;
+            let pages = &mut p.pages[first..first + (end - p.at) / PAGE_SIZE];
+            space.migrate_window(world, p.at, p.to, &mut p.room, pages, hands);
+            p.at = end;
+            p.at == p.end
+        });
+        Ok(MigrateReport { start, pages: progress.pages })
+    }
+
+    /// One window (which does not cross a multiple of 2 MiB) from `start` on; `pages` says how long it is.
+    fn migrate_window(
+        &self,
+        world: &World,
+        start: usize,
+        to: Target,
+        room: &mut usize,
+        pages: &mut [Outcome],
+        hands: &mut Hands,
+    ) {
+        let end = start + pages.len() * PAGE_SIZE;
+        for range in world.ranges.overlapping(start, end) {
+            let (s, e) = (range.start.max(start), range.end.min(end));
+            let pages = &mut pages[(s - start) / PAGE_SIZE..(e - start) / PAGE_SIZE];
+            match to {
+                Target::Device(dev) => self.migrate_out(world, range, (s, e), dev, pages, hands),
+                Target::System => self.migrate_back(world, range, (s, e), room, pages, hands),
+            }
+        }
+    }
+
+    /// Has the kernel make huge pages of the 2 MiB pieces of `range` (`MADV_COLLAPSE`), which must be in DRAM, all of them.
+    /// Returns how many are huge now. For a range that was huge, was migrated and came back in small pages.
+    ///
+    /// # Errors
+    /// [`MigrateError::Range`].
+    pub fn collapse(&self, range: Range<usize>) -> Result<usize, MigrateError> {
+        check(&range)?;
+        let first = range.start.next_multiple_of(WINDOW);
+        let pieces = (first..range.end.saturating_sub(WINDOW - 1)).step_by(WINDOW);
+        Ok(pieces.filter(|&at| crate::sys::collapse(at, WINDOW).is_ok()).count())
+    }
+}
+
+pub(crate) fn check(range: &Range<usize>) -> Result<(), MigrateError> {
+    let &Range { start, end } = range;
+    let whole = start.is_multiple_of(PAGE_SIZE) && end.is_multiple_of(PAGE_SIZE);
+    if !whole || start >= end || end > crate::domain::ADDRESS_LIMIT {
+        return Err(MigrateError::Range { start, end });
+    }
+    Ok(())
+}
