@@ -51,6 +51,10 @@ impl Change {
     }
 }
 
+/// So much can be put aside without allocating memory: while a thread forks it may hold the locks of the program's allocator,
+/// and waits until its fork, which is behind the faults, has been read.
+const DEFERRED: usize = 4096;
+
 /// Threads of the manager at most.
 const MANAGERS: usize = 16;
 
@@ -83,7 +87,7 @@ pub struct Faults {
 impl Faults {
     pub(crate) fn new() -> Self {
         Self {
-            deferred: Mutex::new(VecDeque::new()),
+            deferred: Mutex::new(VecDeque::with_capacity(DEFERRED)),
             changes: AtomicUsize::new(0),
             reading: Mutex::new(()),
             expected: Mutex::new(Vec::new()),
@@ -241,7 +245,7 @@ impl Faults {
         // The faults put aside are the parent's threads'; the thread that forked cannot be among them.
         // SAFETY: the caller's contract; the parent's handler may have held these.
         unsafe {
-            self.deferred.renew(VecDeque::new());
+            self.deferred.renew(VecDeque::with_capacity(DEFERRED));
             self.reading.renew(());
             self.expected.renew(Vec::new());
         }

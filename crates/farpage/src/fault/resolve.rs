@@ -205,7 +205,8 @@ impl Space {
                 Some(Stop::Again) => outcome = Outcome::Later,
                 Some(Stop::Gone) => {}
                 _ => {
-                    // MOVE does not take this mapping (read-only, locked), or the page is shared since a fork.
+                    // MOVE does not take this mapping (read-only, locked, or more than one), or the page is shared since a
+                    // fork.
                     let src = self.slots.addr(slot, i);
                     if world.uffd.copy(addr, src, PAGE_SIZE).0 == PAGE_SIZE {
                         self.forget_frames(slot, slots::mask(i, 1));

@@ -199,10 +199,9 @@ impl Space {
                 let _moving = self.begin_move();
                 let mut wanted = [0u64; STRETCH];
                 for (l, wanted) in these.iter().zip(&mut wanted) {
-                    let busy = l.found.granule.slot().is_some()
-                        || self.in_flux(l.found.start, l.found.end)
-                        || self.is_held(l.found.start, l.found.end);
-                    *wanted = if busy { 0 } else { l.rest & !l.found.granule.pinned() };
+                    let busy = l.found.granule.slot().is_some() || self.in_flux(l.found.start, l.found.end);
+                    let kept = l.found.granule.pinned() | self.held_in(&l.found);
+                    *wanted = if busy { 0 } else { l.rest & !kept };
                 }
                 let (staged, _) =
                     self.take_out(world, &stretch, slot, &wanted, &mut |at, why| stays.push((at, why)));
@@ -357,6 +356,16 @@ impl Space {
             set(mask(*i, 1), outcome);
         }
         map.put_in_transit(&undone, self.me());
+    }
+
+    /// The pages of a granule that are held for a call; after [`Space::begin_move`].
+    fn held_in(&self, found: &Found<'_>) -> u64 {
+        if !self.holds_any(found.start, found.end) {
+            return 0;
+        }
+        let pages = (found.start..found.end).step_by(PAGE_SIZE);
+        let held = pages.filter(|&at| self.is_held(at, at + PAGE_SIZE));
+        held.fold(0, |all, at| all | window(at, at + PAGE_SIZE))
     }
 
     /// Where the window that holds `at` ends.

@@ -225,7 +225,7 @@ impl Space {
                     stays(at, Stop::Busy);
                     at += PAGE_SIZE;
                 }
-                Some(Stop::Invalid) if to > granule_end(at) => one_by_one = true,
+                Some(Stop::Invalid | Stop::Gone) if to > granule_end(at) => one_by_one = true,
                 // A boundary of mappings, or one that may not be written: this page stays.
                 Some(Stop::Invalid | Stop::Gone | Stop::Exists | Stop::NoMemory | Stop::Other(_)) => {
                     let one = world.move_pages(&world.slot_uffd, place(at), at, PAGE_SIZE, true);
@@ -268,9 +268,14 @@ impl Space {
 
     /// Evicts a granule and, if `settle`, gets it to a device, whatever the budget says.
     pub(crate) fn push_out(&self, world: &World, found: &Found<'_>, settle: bool, hands: &mut Hands) {
-        let outcome = self.evict(world, &found.range.stretch(found.start, found.end));
-        if matches!(outcome, Evicted::Later) {
-            return;
+        let stretch = found.range.stretch(found.start, found.end);
+        if matches!(self.evict(world, &stretch), Evicted::Later) {
+            // No slot: those that hold nothing but frames in stock are worth less than what is asked for.
+            let given = self.slots.give_up();
+            self.domain.uncharge(self.me(), given);
+            if matches!(self.evict(world, &stretch), Evicted::Later) {
+                return;
+            }
         }
         let Some(slot) = found.granule.slot().filter(|&s| settle && self.slots.pick(s)) else { return };
         loop {

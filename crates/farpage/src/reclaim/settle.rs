@@ -169,7 +169,7 @@ impl Space {
         if done {
             self.slots.detach(slot);
             Settled::Done
-        } else if stored_all || (job.on.is_some() && untried) {
+        } else if if job.on.is_some() { untried } else { stored_all } {
             Settled::More
         } else {
             Settled::Full

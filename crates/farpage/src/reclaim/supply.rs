@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use crate::PAGE_SIZE;
 use crate::domain::{Counter, Slot, state};
-use crate::space::range::GRANULE_PAGES;
+use crate::space::range::{GRANULE, GRANULE_PAGES};
 use crate::space::slots::Run;
 use crate::space::{Space, World};
 use crate::sys::uffd::Stop;
@@ -245,26 +245,40 @@ impl Space {
             }
             Frames::Slot(run) => {
                 let src = self.slots.addr(run.slot, run.first);
-                let (done, stop) = if n == 0 {
-                    (0, None)
-                } else {
-                    let go = || world.move_pages(&world.uffd, dst, src, n * PAGE_SIZE, false);
-                    if n == 1 { self.move_cost.of(go) } else { go() }
-                };
-                let mut done = done / PAGE_SIZE;
-                let mut stop = stop;
-                if done < n && matches!(stop, Some(Stop::Invalid | Stop::Busy)) {
-                    // A mapping that MOVE does not take (read-only, locked, executable): COPY does.
-                    let rest = (n - done) * PAGE_SIZE;
-                    let (copied, s) = world.uffd.copy(dst + done * PAGE_SIZE, src + done * PAGE_SIZE, rest);
-                    let copied = copied / PAGE_SIZE;
-                    crate::sys::drop_pages(src + done * PAGE_SIZE, copied * PAGE_SIZE);
-                    done += copied;
-                    stop = s;
+                let (mut done, mut stop) = self.install_run(world, dst, src, n);
+                if stop == Some(Stop::Gone) && n - done > 1 {
+                    // A boundary of mappings lies in between, most probably where a granule ends: what comes before it, or
+                    // else one page. The rest is the next call's.
+                    let (at, src) = (dst + done * PAGE_SIZE, src + done * PAGE_SIZE);
+                    let before = (GRANULE - at % GRANULE) / PAGE_SIZE;
+                    let mut some = self.install_run(world, at, src, before.min(n - done));
+                    if some == (0, Some(Stop::Gone)) {
+                        some = self.install_run(world, at, src, 1);
+                    }
+                    done += some.0;
+                    stop = some.1.or(stop);
                 }
                 self.slots.used(run, done);
                 (done, stop)
             }
         }
+    }
+
+    /// Moves filled frames from `src` to `dst`, within one mapping each.
+    fn install_run(&self, world: &World, dst: usize, src: usize, n: usize) -> (usize, Option<Stop>) {
+        if n == 0 {
+            return (0, None);
+        }
+        let go = || world.move_pages(&world.uffd, dst, src, n * PAGE_SIZE, false);
+        let (done, stop) = if n == 1 { self.move_cost.of(go) } else { go() };
+        if done == n * PAGE_SIZE || !matches!(stop, Some(Stop::Invalid | Stop::Busy)) {
+            return (done / PAGE_SIZE, stop);
+        }
+        // A mapping that MOVE does not take (read-only, locked, executable): COPY does.
+        let (copied, stop) = world.uffd.copy(dst + done, src + done, n * PAGE_SIZE - done);
+        if copied > 0 {
+            crate::sys::drop_pages(src + done, copied);
+        }
+        ((done + copied) / PAGE_SIZE, stop)
     }
 }
