@@ -5,10 +5,10 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
-use farpage::sys::BlockedSignals;
+use farpage::sys::{BlockedSignals, Mutex, MutexGuard};
 use libc::c_int;
 use rustix::fs::{MemfdFlags, OFlags};
 use rustix::io::Errno;
@@ -48,8 +48,7 @@ pub struct Quiet<'a, T> {
 /// Takes it.
 pub fn quiet<T>(m: &Mutex<T>) -> Quiet<'_, T> {
     let _signals = BlockedSignals::new();
-    // A panic aborts the process: there is no poisoned state to fear.
-    Quiet { guard: Some(m.lock().unwrap_or_else(PoisonError::into_inner)), _signals }
+    Quiet { guard: Some(m.lock()), _signals }
 }
 
 impl<T> std::ops::Deref for Quiet<'_, T> {
@@ -86,11 +85,28 @@ fn inode(fd: c_int) -> Option<Inode> {
 
 /// What a descriptor is, if it is ours.
 pub fn find(fd: c_int) -> Option<File> {
-    if fd < 0 || !ANY.load(Ordering::Acquire) {
+    if fd < 0 || !ANY.load(Ordering::Acquire) || forking() {
         return None;
     }
     let inode = inode(fd)?;
-    quiet(&FILES).as_ref()?.get(&inode).cloned()
+    let known = quiet(&FILES).as_ref().and_then(|f| f.get(&inode).cloned());
+    known.or_else(|| inherited(fd, inode))
+}
+
+/// A file that was opened before a fork, or came from another process: a mirror is bound to who opened it, a `gup_test` works on
+/// whoever uses it.
+fn inherited(fd: c_int, inode: Inode) -> Option<File> {
+    let name = rustix::fs::readlink(format!("/proc/self/fd/{fd}"), Vec::new()).ok()?;
+    let name = name.to_bytes().strip_prefix(b"/memfd:")?;
+    if name.starts_with(b"hmm_dmirror") {
+        return Some(File::Foreign);
+    }
+    if !name.starts_with(b"gup_test ") {
+        return None;
+    }
+    let test = File::GupTest(Arc::new(Mutex::new(GupTest::new(own::space().ok()?))));
+    quiet(&FILES).get_or_insert_default().insert(inode, test.clone());
+    Some(test)
 }
 
 /// Opens one of our nodes.
@@ -125,7 +141,7 @@ fn with_flags(fd: OwnedFd, flags: c_int) -> Result<OwnedFd, Errno> {
 
 /// Every mirror of this process.
 pub fn mirrors() -> Vec<Arc<Mutex<Mirror>>> {
-    if !ANY.load(Ordering::Acquire) {
+    if !ANY.load(Ordering::Acquire) || forking() {
         return Vec::new();
     }
     let files = quiet(&FILES);
@@ -136,7 +152,7 @@ pub fn mirrors() -> Vec<Arc<Mutex<Mirror>>> {
 /// Descriptors are about to be closed: what is behind the last of a file ends. (Descriptors of it in children do not
 /// count: what they are bound to is this process.)
 pub fn closing(first: c_int, last: c_int) {
-    if !ANY.load(Ordering::Acquire) {
+    if !ANY.load(Ordering::Acquire) || forking() {
         return;
     }
     // Whatever we open here is closed again by way of this function: no lock may be held.
@@ -183,38 +199,38 @@ pub fn mapping(fd: c_int, len: usize) -> Option<OwnedFd> {
     Some(memory)
 }
 
-/// Held across a fork.
-pub static FORK: Mutex<Option<Held>> = Mutex::new(None);
+/// The thread and the process that fork just now; 0: none. What they call meanwhile, in the child, too, finds no files: a
+/// lock may be held by a thread that the child has not.
+static FORKING: [AtomicI32; 2] = [const { AtomicI32::new(0) }; 2];
 
-/// All locks of this module and its files.
-pub struct Held(#[allow(dead_code)] Quiet<'static, Option<HashMap<Inode, File>>>);
-// SAFETY: taken and released by the thread that forks (in the child, by its only thread, which is the same one).
-unsafe impl Send for Held {}
+fn forking() -> bool {
+    let tid = FORKING[0].load(Ordering::SeqCst);
+    let me = || (farpage::sys::gettid() as i32, std::process::id() as i32);
+    tid != 0 && (me().0 == tid || me().1 != FORKING[1].load(Ordering::SeqCst))
+}
 
-/// Before a fork: device page tables lose what the child will share, and no lock is held by another thread in the child.
+/// Before a fork: device page tables lose what parent and child will share.
 pub extern "C" fn before_fork() {
     for m in mirrors() {
         quiet(&m).before_fork();
     }
-    let held = Held(quiet(&FILES));
-    *FORK.lock().unwrap_or_else(PoisonError::into_inner) = Some(held);
+    FORKING[1].store(std::process::id() as i32, Ordering::SeqCst);
+    FORKING[0].store(farpage::sys::gettid() as i32, Ordering::SeqCst);
 }
 
 /// After it.
 pub extern "C" fn after_fork_in_parent() {
-    *FORK.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    FORKING[0].store(0, Ordering::SeqCst);
 }
 
 /// After it: what is open mirrors the parent.
 pub extern "C" fn after_fork_in_child() {
-    let held = FORK.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let Some(mut held) = held else { return };
-    if let Some(files) = held.0.as_mut() {
-        for file in files.values_mut() {
-            // Its lock may have been held by a thread that is not here: it is never looked at again.
-            std::mem::forget(std::mem::replace(file, File::Foreign));
-        }
+    // SAFETY: this is the only thread. What is replaced is the parent's, and may have been in the middle of a change.
+    unsafe {
+        FILES.renew(None);
+        crate::pages::renew();
     }
+    FORKING[0].store(0, Ordering::SeqCst);
 }
 
 /// Devices that bring their pages back when memory is changed under them: those that the CPU reaches in place.

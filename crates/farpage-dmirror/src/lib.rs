@@ -57,6 +57,8 @@ fn errno<T>(r: Result<T, Errno>) -> c_int {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int {
     let at = argument as usize;
+    // The kernel takes an int, and so do many callers.
+    let request = c_ulong::from(request as u32);
     match files::find(fd) {
         Some(File::Mirror(mirror)) => errno((|| {
             // The kernel fetches first and looks what is asked then.

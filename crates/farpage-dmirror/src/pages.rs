@@ -1,11 +1,11 @@
 //! Where the process's pages are, and moving them: all that is asked of [`Space`].
 
 use std::collections::BTreeSet;
-use std::sync::Mutex;
 
 use farpage::PAGE_SIZE;
 use farpage::migrate::{Outcome, Target};
 use farpage::space::Space;
+use farpage::sys::Mutex;
 use farpage_preload::init;
 use rustix::io::Errno;
 use rustix::mm::MprotectFlags;
@@ -21,6 +21,15 @@ pub const HUGE: usize = 2 << 20;
 /// Huge pages that went to a device as one: the first byte of each. What is here and not all on one device any more counts for
 /// nothing.
 static HUGE_ON_DEVICE: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
+
+/// In a forked child: nothing is known of huge pages.
+///
+/// # Safety
+/// The caller is the only thread of the process.
+pub unsafe fn renew() {
+    // SAFETY: the caller's contract.
+    unsafe { HUGE_ON_DEVICE.renew(BTreeSet::new()) }
+}
 
 /// The private device and the frame that the page at `addr` is on.
 pub fn hidden(addr: usize) -> Option<(u8, u32)> {

@@ -71,7 +71,11 @@ pub unsafe extern "C" fn mmap(
     {
         let fd = std::os::fd::AsRawFd::as_raw_fd(&other);
         // SAFETY: the caller's contract, with another file.
-        return unsafe { mmap(addr, len, prot, flags, fd, 0) };
+        let p = unsafe { mmap(addr, len, prot, flags, fd, 0) };
+        if p != MAP_FAILED {
+            farpage::sys::read_fault(p as usize, round(len));
+        }
+        return p;
     }
     let size = round(len);
     let replaced = flags & libc::MAP_FIXED != 0;
