@@ -85,7 +85,7 @@ fn inode(fd: c_int) -> Option<Inode> {
 
 /// What a descriptor is, if it is ours.
 pub fn find(fd: c_int) -> Option<File> {
-    if fd < 0 || !ANY.load(Ordering::Acquire) || forking() {
+    if fd < 0 || !ANY.load(Ordering::Acquire) || farpage_preload::is_manager() || forking() {
         return None;
     }
     let inode = inode(fd)?;

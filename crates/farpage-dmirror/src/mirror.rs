@@ -133,7 +133,8 @@ impl Mirror {
         }
         let place = view.place(at);
         let there = match pte.home {
-            Home::System(word) => place.is_none() && view.word(at) & IDENTITY == word,
+            // (A page on another coherent device is one that the CPU reaches.)
+            Home::System(word) => view.is_present(at) && view.word(at) & IDENTITY == word,
             Home::Device => place.is_some_and(|p| p.device == self.minor),
             Home::Taken => self.taken_by(at).is_some(),
         };

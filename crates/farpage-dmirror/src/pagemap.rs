@@ -114,7 +114,7 @@ pub fn opens(path: &[u8]) {
 
 /// Whether a descriptor is this process's page map.
 fn is_ours(fd: c_int) -> bool {
-    if !OPENED.load(Ordering::Relaxed) {
+    if !OPENED.load(Ordering::Relaxed) || farpage_preload::is_manager() {
         return false;
     }
     let Ok(path) = rustix::fs::readlink(format!("/proc/self/fd/{fd}"), Vec::new()) else { return false };

@@ -13,8 +13,13 @@ use crate::vma::Vma;
 /// # Errors
 /// EBUSY while the process has several threads: a write between copy and replacement would be lost.
 pub fn make_anonymous(vma: &Vma, start: usize, end: usize) -> Result<(), Errno> {
-    if program_threads()? > 1 {
-        return Err(Errno::BUSY);
+    // The manager's threads may only just be starting, and not have said yet that they are the manager's.
+    let deadline = farpage::sys::now_ms() + 100;
+    while program_threads()? > 1 {
+        if farpage::sys::now_ms() > deadline {
+            return Err(Errno::BUSY);
+        }
+        farpage::sys::yield_now();
     }
     let len = end - start;
     let mut bytes = Vec::new();

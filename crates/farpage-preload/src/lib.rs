@@ -13,6 +13,11 @@ mod malloc;
 mod map;
 mod transfers;
 
+/// Whether this is one of the manager's threads.
+pub fn is_manager() -> bool {
+    arena::is_manager()
+}
+
 /// Returns the C convention: -1 and errno.
 pub fn fail<T: From<i8>>(e: rustix::io::Errno) -> T {
     // SAFETY: errno is this thread's own.
