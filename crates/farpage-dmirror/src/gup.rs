@@ -104,9 +104,9 @@ impl GupTest {
     fn managed(&self, start: usize, end: usize) -> Vec<(usize, usize)> {
         let away = self.space.on_devices(start, end);
         let managed = self.space.managed_parts(start, end);
-        let parts = managed.into_iter().flat_map(|(s, e)| {
-            pages::runs(s, e, |at| away.binary_search_by_key(&at, |p| p.addr).is_err())
-        });
+        let parts = managed
+            .into_iter()
+            .flat_map(|(s, e)| pages::runs(s, e, |at| away.binary_search_by_key(&at, |p| p.addr).is_err()));
         parts.collect()
     }
 

@@ -95,7 +95,8 @@ impl Mirror {
 
     /// The table loses `[start, end)`.
     pub fn invalidate(&mut self, start: usize, end: usize) {
-        let gone: Vec<usize> = self.table.range(start / PAGE_SIZE * PAGE_SIZE..end).map(|(&at, _)| at).collect();
+        let gone: Vec<usize> =
+            self.table.range(start / PAGE_SIZE * PAGE_SIZE..end).map(|(&at, _)| at).collect();
         for at in gone {
             self.table.remove(&at);
         }

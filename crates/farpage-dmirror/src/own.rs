@@ -1,7 +1,7 @@
 //! The domain of a process that was started without one: made when the first device is opened.
 
-use farpage::domain::{Config, Domain};
 use farpage::device::spec::Spec;
+use farpage::domain::{Config, Domain};
 use farpage::space::Space;
 use farpage_preload::init;
 use rustix::io::Errno;

@@ -55,12 +55,7 @@ impl PageMap {
     }
 
     /// Calls `f` for each run `[start, end)` of pages of one kind that are there, with what they are.
-    pub fn kinds(
-        &self,
-        start: usize,
-        end: usize,
-        mut f: impl FnMut(usize, usize, u64),
-    ) -> Result<(), Errno> {
+    pub fn kinds(&self, start: usize, end: usize, mut f: impl FnMut(usize, usize, u64)) -> Result<(), Errno> {
         let mut at = start;
         while at < end {
             let mut found = [[0u64; 3]; 64];
@@ -80,9 +75,8 @@ impl PageMap {
                 any,
             ];
             // SAFETY: twelve words are what this ioctl takes; it writes at most so many regions of three words.
-            let n = unsafe {
-                libc::syscall(libc::SYS_ioctl, self.0.as_raw_fd(), PAGEMAP_SCAN, arg.as_mut_ptr())
-            };
+            let n =
+                unsafe { libc::syscall(libc::SYS_ioctl, self.0.as_raw_fd(), PAGEMAP_SCAN, arg.as_mut_ptr()) };
             if n < 0 {
                 let e = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
                 return Err(Errno::from_raw_os_error(e));
@@ -136,7 +130,7 @@ pub fn has_read(fd: c_int, at: Option<off_t>, bytes: &mut [u8]) {
         let page = (at as usize / 8 + i) * PAGE_SIZE;
         if let Some((device, pfn)) = pages::hidden(page) {
             // The kernel's form: the kind of swap in 5 bits, then the offset.
-            let entry = SWAP | u64::from(device) + 26 | u64::from(pfn) << 5;
+            let entry = SWAP | (u64::from(device) + 26) | (u64::from(pfn) << 5);
             word.copy_from_slice(&entry.to_ne_bytes());
         }
     }
@@ -149,7 +143,8 @@ pub fn scan(fd: c_int, at: usize) -> Option<Result<c_int, Errno>> {
     }
     let mut raw = [0u8; 96];
     crate::user::read(at, &mut raw).ok()?;
-    let mut arg: [u64; 12] = std::array::from_fn(|i| u64::from_ne_bytes(std::array::from_fn(|k| raw[i * 8 + k])));
+    let mut arg: [u64; 12] =
+        std::array::from_fn(|i| u64::from_ne_bytes(std::array::from_fn(|k| raw[i * 8 + k])));
     let [size, _, start, end, _, vec, vec_len, ..] = arg;
     let (start, end) = (start as usize, (end as usize).min(farpage::domain::ADDRESS_LIMIT));
     if size != 96 || vec == 0 || vec_len == 0 || start >= end {

@@ -104,7 +104,9 @@ impl View {
         let mapped = match self.place(addr) {
             Some(place) => place.own,
             None if vma.shared => self.is_present(addr),
-            None => word & pagemap::PRESENT != 0 && word & pagemap::EXCLUSIVE != 0 && word & pagemap::FILE == 0,
+            None => {
+                word & pagemap::PRESENT != 0 && word & pagemap::EXCLUSIVE != 0 && word & pagemap::FILE == 0
+            }
         };
         vma.write && mapped
     }
@@ -268,7 +270,13 @@ pub fn is_huge_on_device(space: &Space, addr: usize) -> bool {
 
 /// Moves the pages of `[start, end)` that are on device `minor` back to DRAM; returns how many. `huge`: those that left
 /// as a huge page become one again.
-pub fn to_system(space: &Space, minor: u8, start: usize, end: usize, huge: &mut bool) -> Result<usize, Errno> {
+pub fn to_system(
+    space: &Space,
+    minor: u8,
+    start: usize,
+    end: usize,
+    huge: &mut bool,
+) -> Result<usize, Errno> {
     let blocks: Vec<usize> = {
         let set = quiet(&HUGE_ON_DEVICE);
         set.range(start..end).copied().filter(|b| b + HUGE <= end).collect()

@@ -27,7 +27,9 @@ pub fn make_anonymous(vma: &Vma, start: usize, end: usize) -> Result<(), Errno> 
     bytes.resize(len, 0);
     user::read(start, &mut bytes)?;
     let mut prot = ProtFlags::empty();
-    for (has, flag) in [(vma.read, ProtFlags::READ), (vma.write, ProtFlags::WRITE), (vma.exec, ProtFlags::EXEC)] {
+    for (has, flag) in
+        [(vma.read, ProtFlags::READ), (vma.write, ProtFlags::WRITE), (vma.exec, ProtFlags::EXEC)]
+    {
         prot.set(flag, has);
     }
     // SAFETY: the kernel chooses the place of the new mapping, which then takes that of the program's: what the program finds
@@ -42,9 +44,9 @@ pub fn make_anonymous(vma: &Vma, start: usize, end: usize) -> Result<(), Errno> 
         new.cast::<u8>().copy_from_nonoverlapping(bytes.as_ptr(), len);
         let protected = rustix::mm::mprotect(new, len, to_mprotect(prot));
         let flags = MremapFlags::MAYMOVE;
-        if let Err(e) = protected.and_then(|()| {
-            rustix::mm::mremap_fixed(new, len, len, flags, start as *mut _).map(|_| ())
-        }) {
+        if let Err(e) = protected
+            .and_then(|()| rustix::mm::mremap_fixed(new, len, len, flags, start as *mut _).map(|_| ()))
+        {
             let _gone = rustix::mm::munmap(new, len);
             return Err(e);
         }

@@ -5,11 +5,7 @@ use rustix::io::Errno;
 /// Calls of this size at most: the kernel moves no more than 2 GiB at once.
 const CHUNK: usize = 64 << 20;
 
-fn each(
-    addr: usize,
-    len: usize,
-    mut call: impl FnMut(usize, usize) -> isize,
-) -> Result<(), Errno> {
+fn each(addr: usize, len: usize, mut call: impl FnMut(usize, usize) -> isize) -> Result<(), Errno> {
     let mut at = 0;
     while at < len {
         let want = (len - at).min(CHUNK);

@@ -39,7 +39,9 @@ impl Vma {
 
     /// Kinds that no page of is ever migrated: huge pages of hugetlbfs, mappings of devices, the kernel's own.
     pub fn is_special(&self) -> bool {
-        self.name.starts_with("[v") || self.name.starts_with("/memfd:hmm_dmirror") || self.page_size() > farpage::PAGE_SIZE
+        self.name.starts_with("[v")
+            || self.name.starts_with("/memfd:hmm_dmirror")
+            || self.page_size() > farpage::PAGE_SIZE
     }
 
     /// Private anonymous memory.
@@ -98,7 +100,7 @@ pub fn readable(start: usize, end: usize, missing: Errno) -> Result<Vec<Vma>, Er
 
 fn on_hugetlbfs(path: &str) -> bool {
     const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
-    rustix::fs::statfs(path).is_ok_and(|s| s.f_type as i64 == HUGETLBFS_MAGIC)
+    rustix::fs::statfs(path).is_ok_and(|s| s.f_type == HUGETLBFS_MAGIC)
 }
 
 /// `struct procmap_query`.

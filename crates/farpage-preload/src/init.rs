@@ -62,7 +62,9 @@ fn join() -> Option<&'static Space> {
 
 /// Begins to manage a process that has no domain in its environment, in the middle of its life: `space` is a new one's.
 /// Only for the first who asks, in which case the manager's threads run when this returns.
-pub fn begin(make: impl FnOnce() -> Result<Space, DomainError>) -> Result<Option<&'static Space>, DomainError> {
+pub fn begin(
+    make: impl FnOnce() -> Result<Space, DomainError>,
+) -> Result<Option<&'static Space>, DomainError> {
     if STATE.compare_exchange(OFF, JOINING, Ordering::AcqRel, Ordering::Acquire).is_err() {
         return Ok(space());
     }

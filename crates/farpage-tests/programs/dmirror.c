@@ -13,6 +13,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+
 #define PAGE 4096ul
 #define HUGE (2ul << 20)
 #define CHECK(cond) \
@@ -307,6 +311,26 @@ static void huge(int minor) {
     CHECK(holds(p, HUGE, 1));
 }
 
+// Huge ranges in which nothing was ever written, and MADV_FREE of one that is away.
+static void huge_zero(int minor) {
+    int fd = mirror(minor);
+    size_t n = HUGE / PAGE;
+    char *buf = anon(HUGE);
+    for (int round = 0; round < 4; round++) {
+        char *raw = map(2 * HUGE, PROT_READ | (round < 2 ? 0 : PROT_WRITE), MAP_PRIVATE | MAP_ANONYMOUS);
+        char *p = (char *)(((uintptr_t)raw + HUGE - 1) & ~(HUGE - 1));
+        CHECK(madvise(p, HUGE, MADV_HUGEPAGE) == 0 || errno == EINVAL);
+        if (round % 2) CHECK(((volatile char *)p)[0] == 0);
+        memset(buf, 0xff, HUGE);
+        if (round == 3) CHECK(command(fd, FLAGS, p, buf, 1) == 0);
+        CHECK(command(fd, TO_DEV, p, buf, n) == 0 && last.cpages == n);
+        for (size_t i = 0; i < HUGE; i++) CHECK(buf[i] == 0);
+        if (round == 2) CHECK(madvise(p, HUGE, MADV_FREE) == 0);
+        for (size_t i = 0; i < HUGE; i++) CHECK(p[i] == 0);
+        munmap(raw, 2 * HUGE);
+    }
+}
+
 static int stop;
 static char *raced;
 static void *toucher(void *arg) {
@@ -374,7 +398,7 @@ int main(int argc, char **argv) {
         void (*run)(int);
     } cases[] = {{"errors", errors},     {"faults", faults},       {"migrate", migrate},
                  {"forks", forks},       {"mappings", mappings},   {"snapshot", snapshot},
-                 {"exclusive", exclusive}, {"huge", huge},         {"threads", threads}, {"gup", gup}};
+                 {"exclusive", exclusive}, {"huge", huge}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
     CHECK(argc == 3);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         if (strcmp(cases[i].name, argv[1]) == 0) {

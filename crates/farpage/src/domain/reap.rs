@@ -152,7 +152,6 @@ impl Launcher {
             self.wait_change(Duration::from_millis(5));
         }
     }
-
 }
 
 impl Reaper<'_> {

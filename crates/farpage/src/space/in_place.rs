@@ -10,11 +10,11 @@ use super::ops::window;
 use super::puts::Puts;
 use super::range::flag;
 use super::{Space, World};
-use crate::{PAGE_SIZE, Page};
 use crate::device::{DeviceError, LoadOp};
 use crate::domain::entry::Entry;
 use crate::frame::Pfn;
 use crate::sys::in_place as sys;
+use crate::{PAGE_SIZE, Page};
 
 /// May be read, written, executed.
 pub type Rights = (bool, bool, bool);
@@ -24,13 +24,7 @@ impl Space {
     ///
     /// # Errors
     /// ENODEV: the CPU does not reach that device's frames. Else the kernel's; what is mapped stays so.
-    pub fn map_in_place(
-        &self,
-        start: usize,
-        end: usize,
-        device: u8,
-        rights: Rights,
-    ) -> Result<usize, Errno> {
+    pub fn map_in_place(&self, start: usize, end: usize, device: u8, rights: Rights) -> Result<usize, Errno> {
         self.change(|world| {
             let mut mapped = 0;
             for (s, e, first) in self.runs_on(world, start, end, device) {

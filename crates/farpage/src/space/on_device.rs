@@ -1,7 +1,7 @@
 //! Which pages are on devices.
 
-use super::range::flag;
 use super::Space;
+use super::range::flag;
 use crate::PAGE_SIZE;
 use crate::domain::entry::Entry;
 use crate::frame::Pfn;
