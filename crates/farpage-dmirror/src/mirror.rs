@@ -78,8 +78,6 @@ impl Mirror {
             self.fail_huge = c.npages & FLAG_FAIL_ALLOC != 0;
             return Ok(());
         }
-        // Nothing of the process lies beyond.
-        let end = end.min(farpage::domain::ADDRESS_LIMIT.max(start));
         match request {
             Request::Read => self.read(start, end, c),
             Request::Write => self.write(start, end, c),

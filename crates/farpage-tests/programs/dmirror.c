@@ -98,6 +98,14 @@ static void errors(int minor) {
     CHECK(command(fd, READ, p, buf, 0) == EINVAL);
     CHECK(command(fd, READ, p, buf, ~0ul / PAGE) == EINVAL);
     CHECK(command(fd, 9, p, buf, 1) == EINVAL);
+    for (int i = 0; i < 2; i++) { // beyond the address space, and far past its mappings
+        char *far = i ? (char *)0x800000000000 : p;
+        size_t pages = i ? 1 : 1ul << 45;
+        int r = command(fd, READ, far, buf, pages);
+        CHECK(r == EFAULT || r == ENOMEM);
+        CHECK(command(fd, TO_DEV, far, buf, pages) == EINVAL);
+        CHECK(command(fd, TO_SYS, far, buf, pages) == EINVAL);
+    }
     CHECK(command(fd, READ, p, (void *)16, 1) == EFAULT);
     CHECK(ioctl(fd, 0xc0284800ul, (void *)16) == -1 && errno == EFAULT);
     CHECK(ioctl(fd, 0x5401ul, &last) == -1 && errno == EINVAL);
