@@ -3,7 +3,7 @@
 use libc::{c_int, c_uint};
 use rustix::io::Errno;
 
-use crate::{fail, init};
+use crate::{fail, hooks, init};
 
 fn ours(fd: c_int) -> bool {
     init::ready().is_some_and(|s| s.owns_descriptor(fd))
@@ -20,6 +20,7 @@ pub extern "C" fn close(fd: c_int) -> c_int {
     if ours(fd) {
         return c_int::from(fail::<i8>(Errno::BADF));
     }
+    hooks::closing(fd, fd);
     // SAFETY: numbers only.
     unsafe { syscall3(libc::SYS_close, fd.into(), 0, 0) }
 }
@@ -27,6 +28,9 @@ pub extern "C" fn close(fd: c_int) -> c_int {
 /// `close_range`, around the manager's.
 #[unsafe(no_mangle)]
 pub extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+    if flags & libc::CLOSE_RANGE_CLOEXEC as c_int == 0 && first <= last {
+        hooks::closing(first.min(c_int::MAX as c_uint) as c_int, last.min(c_int::MAX as c_uint) as c_int);
+    }
     let mut ours: Vec<c_uint> =
         init::ready().map_or(Vec::new(), |s| s.descriptors().iter().map(|&f| f as c_uint).collect());
     ours.retain(|f| (first..=last).contains(f));
@@ -62,6 +66,9 @@ pub extern "C" fn dup2(old: c_int, new: c_int) -> c_int {
     if ours(new) {
         return c_int::from(fail::<i8>(Errno::BADF));
     }
+    if old != new {
+        hooks::closing(new, new);
+    }
     // SAFETY: numbers only.
     unsafe { syscall3(libc::SYS_dup2, old.into(), new.into(), 0) }
 }
@@ -71,6 +78,9 @@ pub extern "C" fn dup2(old: c_int, new: c_int) -> c_int {
 pub extern "C" fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int {
     if ours(new) {
         return c_int::from(fail::<i8>(Errno::BADF));
+    }
+    if old != new {
+        hooks::closing(new, new);
     }
     // SAFETY: numbers only.
     unsafe { syscall3(libc::SYS_dup3, old.into(), new.into(), flags.into()) }

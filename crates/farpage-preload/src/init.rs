@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use farpage::domain::{Domain, ENV_DOMAIN};
+use farpage::domain::{Domain, DomainError, ENV_DOMAIN};
 use farpage::space::Space;
 
 use crate::arena;
@@ -58,6 +58,29 @@ fn join() -> Option<&'static Space> {
             unsafe { libc::_exit(125) }
         }
     }
+}
+
+/// Begins to manage a process that has no domain in its environment, in the middle of its life: `space` is a new one's.
+/// Only for the first who asks, in which case the manager's threads run when this returns.
+pub fn begin(
+    make: impl FnOnce() -> Result<Space, DomainError>,
+) -> Result<Option<&'static Space>, DomainError> {
+    if STATE.compare_exchange(OFF, JOINING, Ordering::AcqRel, Ordering::Acquire).is_err() {
+        return Ok(space());
+    }
+    let space: &'static Space = match make() {
+        Ok(space) => Box::leak(Box::new(space)),
+        Err(e) => {
+            STATE.store(OFF, Ordering::Release);
+            return Err(e);
+        }
+    };
+    let _first = SPACE.set(space);
+    crate::fork::register();
+    crate::transfers::look_up();
+    STATE.store(READY, Ordering::Release);
+    start_threads(space);
+    Ok(Some(space))
 }
 
 /// An environment variable as `exec` gave it: before the C library is initialised, `getenv` does not work.

@@ -7,13 +7,19 @@
 mod arena;
 mod descriptors;
 mod fork;
-mod init;
+pub mod hooks;
+pub mod init;
 mod malloc;
 mod map;
 mod transfers;
 
+/// Whether this is one of the manager's threads.
+pub fn is_manager() -> bool {
+    arena::is_manager()
+}
+
 /// Returns the C convention: -1 and errno.
-fn fail<T: From<i8>>(e: rustix::io::Errno) -> T {
+pub fn fail<T: From<i8>>(e: rustix::io::Errno) -> T {
     // SAFETY: errno is this thread's own.
     unsafe { *libc::__errno_location() = e.raw_os_error() };
     T::from(-1)

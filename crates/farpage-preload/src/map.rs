@@ -8,7 +8,7 @@ use farpage::space::Space;
 use libc::{c_int, off_t, size_t};
 use rustix::io::Errno;
 
-use crate::{arena, fail, init};
+use crate::{arena, fail, hooks, init};
 
 const MAP_FAILED: *mut c_void = libc::MAP_FAILED;
 
@@ -59,6 +59,40 @@ fn wants_managing(space: &Space, len: usize, prot: c_int, flags: c_int) -> bool 
 /// As `mmap(2)`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mmap(
+    addr: *mut c_void,
+    len: size_t,
+    prot: c_int,
+    flags: c_int,
+    fd: c_int,
+    offset: off_t,
+) -> *mut c_void {
+    if flags & libc::MAP_ANONYMOUS == 0
+        && let Some(other) = hooks::get().and_then(|h| (h.mapping)(fd, len))
+    {
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&other);
+        // SAFETY: the caller's contract, with another file.
+        let p = unsafe { mmap(addr, len, prot, flags, fd, 0) };
+        if p != MAP_FAILED {
+            farpage::sys::read_fault(p as usize, round(len));
+        }
+        return p;
+    }
+    let size = round(len);
+    let replaced = flags & libc::MAP_FIXED != 0;
+    if replaced {
+        hooks::changing(addr as usize, (addr as usize).saturating_add(size));
+    }
+    // SAFETY: the caller's contract.
+    let result = unsafe { mmap_managed(addr, len, prot, flags, fd, offset) };
+    if replaced {
+        hooks::changed(addr as usize, (addr as usize).saturating_add(size));
+    }
+    result
+}
+
+/// # Safety
+/// As `mmap(2)`.
+unsafe fn mmap_managed(
     addr: *mut c_void,
     len: size_t,
     prot: c_int,
@@ -126,11 +160,13 @@ pub unsafe extern "C" fn munmap(addr: *mut c_void, len: size_t) -> c_int {
     let (start, size) = (addr as usize, round(len));
     // SAFETY: the caller's contract.
     let call = || unsafe { raw(libc::SYS_munmap, [start, len, 0, 0, 0, 0]) };
+    hooks::changing(start, start.saturating_add(size));
     let space = managed().filter(|s| s.manages(start, start.saturating_add(size)));
     let r = match space {
         Some(space) => space.change(|world| space.unmap(world, start, start + size, call)),
         None => call(),
     };
+    hooks::changed(start, start.saturating_add(size));
     r.map_or_else(|e| c_int::from(fail::<i8>(e)), |_| 0)
 }
 
@@ -154,7 +190,18 @@ pub unsafe extern "C" fn mremap(
         s.manages(from, from.saturating_add(old_size))
             || target.is_some_and(|t| s.manages(t, t.saturating_add(new_size)))
     };
-    let Some(space) = managed().filter(touches) else { return out(whole()) };
+    let moved = |hook: fn(usize, usize)| {
+        hook(from, from.saturating_add(old_size.max(new_size)));
+        if let Some(t) = target {
+            hook(t, t.saturating_add(new_size));
+        }
+    };
+    moved(hooks::changing);
+    let Some(space) = managed().filter(touches) else {
+        let r = whole();
+        moved(hooks::changed);
+        return out(r);
+    };
     let r = space.change(|world| {
         space.remap(
             world,
@@ -173,6 +220,7 @@ pub unsafe extern "C" fn mremap(
             },
         )
     });
+    moved(hooks::changed);
     out(r)
 }
 
@@ -180,6 +228,26 @@ pub unsafe extern "C" fn mremap(
 /// As `madvise(2)`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn madvise(addr: *mut c_void, len: size_t, advice: c_int) -> c_int {
+    let (start, size) = (addr as usize, round(len));
+    let end = start.saturating_add(size);
+    let drops = matches!(
+        advice,
+        libc::MADV_DONTNEED | libc::MADV_FREE | libc::MADV_REMOVE | libc::MADV_DONTNEED_LOCKED
+    );
+    if drops {
+        hooks::changing(start, end);
+    }
+    // SAFETY: the caller's contract.
+    let result = unsafe { madvise_managed(addr, len, advice) };
+    if drops {
+        hooks::changed(start, end);
+    }
+    result
+}
+
+/// # Safety
+/// As `madvise(2)`.
+unsafe fn madvise_managed(addr: *mut c_void, len: size_t, advice: c_int) -> c_int {
     let (start, size) = (addr as usize, round(len));
     let end = start.saturating_add(size);
     // SAFETY: the caller's contract.

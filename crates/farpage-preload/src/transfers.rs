@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use farpage::space::{Hold, Space};
 use libc::{c_int, iovec, off_t, size_t, ssize_t};
 
-use crate::init;
+use crate::{hooks, init};
 
 /// Segments that are held one by one; with more, everything between the first and the last byte is.
 const SEGMENTS: usize = 8;
@@ -76,9 +76,36 @@ fn hold_all(fd: c_int, segments: *const iovec, n: c_int) -> [Option<Hold<'static
     holds
 }
 
+/// Tells the hook what has been read.
+macro_rules! tell {
+    ($hooks:ident, hold($fd:ident, $buffer:ident, $len:ident), $n:ident, $at:expr) => {
+        // SAFETY: so many bytes of the buffer have just been written.
+        let bytes = unsafe { std::slice::from_raw_parts_mut($buffer.cast::<u8>(), $n as usize) };
+        ($hooks.has_read)($fd, $at, bytes);
+    };
+    ($hooks:ident, hold_all($fd:ident, $buffer:ident, $len:ident), $n:ident, $at:expr) => {
+        let mut left = $n as usize;
+        let mut at: Option<off_t> = $at;
+        if at.is_none() {
+            // SAFETY: numbers only.
+            at = Some(unsafe { libc::lseek($fd, 0, libc::SEEK_CUR) } - $n as off_t);
+        }
+        // SAFETY: the call succeeded with so many segments, and has just written so many bytes to them.
+        unsafe {
+            for segment in std::slice::from_raw_parts($buffer, $len as usize) {
+                let len = segment.iov_len.min(left);
+                let bytes = std::slice::from_raw_parts_mut(segment.iov_base.cast::<u8>(), len);
+                ($hooks.has_read)($fd, at, bytes);
+                left -= len;
+                at = at.map(|at| at + len as off_t);
+            }
+        }
+    };
+}
+
 /// Defines a function that holds its buffer and calls the C library's of the same name.
 macro_rules! held {
-    ($name:ident, $hold:ident($fd:ident, $buffer:ident, $len:ident), ($($arg:ident: $type:ty),*)) => {
+    ($name:ident, $hold:ident($fd:ident, $buffer:ident, $len:ident), ($($arg:ident: $type:ty),*), $at:expr) => {
         /// # Safety
         /// As the C library's.
         #[unsafe(no_mangle)]
@@ -95,22 +122,26 @@ macro_rules! held {
                 std::mem::transmute::<*mut c_void, unsafe extern "C" fn($($type),*) -> ssize_t>(REAL.get())
             };
             // SAFETY: the caller's contract.
-            unsafe { real($($arg),*) }
+            let n = unsafe { real($($arg),*) };
+            if n > 0 && let Some(hooks) = hooks::get() {
+                tell!(hooks, $hold($fd, $buffer, $len), n, $at);
+            }
+            n
         }
     };
 }
 
-held!(read, hold(fd, buf, len), (fd: c_int, buf: *mut c_void, len: size_t));
-held!(pread, hold(fd, buf, len), (fd: c_int, buf: *mut c_void, len: size_t, at: off_t));
-held!(pread64, hold(fd, buf, len), (fd: c_int, buf: *mut c_void, len: size_t, at: off_t));
-held!(__read_chk, hold(fd, buf, len), (fd: c_int, buf: *mut c_void, len: size_t, room: size_t));
-held!(__pread_chk, hold(fd, buf, len), (fd: c_int, buf: *mut c_void, len: size_t, at: off_t, room: size_t));
-held!(__pread64_chk, hold(fd, buf, len), (fd: c_int, buf: *mut c_void, len: size_t, at: off_t, room: size_t));
-held!(readv, hold_all(fd, iov, n), (fd: c_int, iov: *const iovec, n: c_int));
-held!(preadv, hold_all(fd, iov, n), (fd: c_int, iov: *const iovec, n: c_int, at: off_t));
-held!(preadv64, hold_all(fd, iov, n), (fd: c_int, iov: *const iovec, n: c_int, at: off_t));
-held!(preadv2, hold_all(fd, iov, n), (fd: c_int, iov: *const iovec, n: c_int, at: off_t, flags: c_int));
-held!(preadv64v2, hold_all(fd, iov, n), (fd: c_int, iov: *const iovec, n: c_int, at: off_t, flags: c_int));
+held!(read, hold(fd, buf, len), (fd: c_int, buf: *mut c_void, len: size_t), None);
+held!(pread, hold(fd, buf, len), (fd: c_int, buf: *mut c_void, len: size_t, at: off_t), Some(at));
+held!(pread64, hold(fd, buf, len), (fd: c_int, buf: *mut c_void, len: size_t, at: off_t), Some(at));
+held!(__read_chk, hold(fd, buf, len), (fd: c_int, buf: *mut c_void, len: size_t, room: size_t), None);
+held!(__pread_chk, hold(fd, buf, len), (fd: c_int, buf: *mut c_void, len: size_t, at: off_t, room: size_t), Some(at));
+held!(__pread64_chk, hold(fd, buf, len), (fd: c_int, buf: *mut c_void, len: size_t, at: off_t, room: size_t), Some(at));
+held!(readv, hold_all(fd, iov, n), (fd: c_int, iov: *const iovec, n: c_int), None);
+held!(preadv, hold_all(fd, iov, n), (fd: c_int, iov: *const iovec, n: c_int, at: off_t), Some(at));
+held!(preadv64, hold_all(fd, iov, n), (fd: c_int, iov: *const iovec, n: c_int, at: off_t), Some(at));
+held!(preadv2, hold_all(fd, iov, n), (fd: c_int, iov: *const iovec, n: c_int, at: off_t, flags: c_int), Some(at));
+held!(preadv64v2, hold_all(fd, iov, n), (fd: c_int, iov: *const iovec, n: c_int, at: off_t, flags: c_int), Some(at));
 
 /// Looks all of them up, by calls that do nothing, before a signal handler may be the first to make one.
 pub fn look_up() {

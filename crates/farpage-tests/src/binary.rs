@@ -49,3 +49,28 @@ fn find() -> Result<PathBuf, String> {
     }
     if binary.is_file() { Ok(binary) } else { Err(format!("cargo built no {}", binary.display())) }
 }
+
+/// The path of `libfarpage_dmirror.so`, brought up to date with cargo first.
+pub fn dmirror_library() -> Result<&'static Path, String> {
+    static PATH: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    PATH.get_or_init(|| {
+        let (dir, profile) = target_dir()?;
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let out = Command::new(cargo)
+            .args(["build", "--quiet", "--profile", &profile, "-p", "farpage-dmirror"])
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .env_remove("LD_PRELOAD")
+            .output()
+            .map_err(|e| format!("cargo build: {e}"))?;
+        if !out.status.success() {
+            return Err(format!(
+                "cargo build of the HMM test device failed:\n{}",
+                String::from_utf8_lossy(&out.stderr)
+            ));
+        }
+        let path = dir.join("libfarpage_dmirror.so");
+        if path.is_file() { Ok(path) } else { Err(format!("cargo built no {}", path.display())) }
+    })
+    .as_deref()
+    .map_err(Clone::clone)
+}

@@ -13,7 +13,7 @@ mod stats;
 mod suite;
 pub mod tree;
 
-pub use binary::farpage;
+pub use binary::{dmirror_library, farpage};
 pub use compile::program;
 pub use job::{Job, Outcome, Running, TestError, run_both, run_both_and, run_farpage, run_plain};
 pub use stats::{Expect, Stats};

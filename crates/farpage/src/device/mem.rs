@@ -154,6 +154,10 @@ impl Device for Mem {
         true
     }
 
+    fn address_of(&self, pfn: Pfn) -> Option<usize> {
+        (pfn < self.frames).then(|| self.data.addr() + pfn as usize * PAGE_SIZE)
+    }
+
     fn store(&self, ops: &mut [StoreOp<'_>], _owner: Owner) {
         for op in ops {
             op.result = self.store_one(op.pfn, op.page, op.sum);

@@ -120,6 +120,12 @@ pub trait Device: Send + Sync {
     fn is_memory(&self) -> bool {
         false
     }
+    /// The address in this process of the frame's bytes, where the device lies in the domain's shared memory as it is: from
+    /// there a page can be mapped in place.
+    fn address_of(&self, pfn: Pfn) -> Option<usize> {
+        let _pfn = pfn;
+        None
+    }
     /// The frames `[first, end)` are free and are not going to be allocated: what memory stands behind them may go back to
     /// the kernel. Returns how many bytes did.
     fn shrunk(&self, first: Pfn, end: Pfn) -> u64 {

@@ -22,6 +22,7 @@ pub use audit::{Audit, ChargeDifference, Difference, Holding};
 pub use builder::{BuildError, Builder};
 pub use layout::{ADDRESS_LIMIT, SLOT_COUNT, WINDOW};
 pub use reap::Launcher;
+pub(crate) use reap::Reaper;
 pub use slot::{Counter, Slot, state};
 pub use stats::{DeviceStats, Stats};
 pub use tenants::DomainTenants;
@@ -297,6 +298,18 @@ impl Domain {
     /// Whether an address is in this process's mapping of the segment.
     pub fn maps(&self, addr: usize) -> bool {
         addr.wrapping_sub(self.map.addr()) < self.map.len()
+    }
+
+    /// Where a frame's bytes lie in the segment, if they lie there as they are.
+    pub fn offset_of(&self, device: u8, pfn: crate::frame::Pfn) -> Option<u64> {
+        let addr = self.pagemap(device).device.address_of(pfn)?;
+        self.maps(addr).then(|| (addr - self.map.addr()) as u64)
+    }
+
+    /// Gives back what processes of the domain held that have died or begun another program, and returns how many: for the process
+    /// in slot `me`, where there is no launcher.
+    pub fn reap(&self, me: Owner) -> usize {
+        reap::Reaper { domain: self, me }.reap_those(false)
     }
 
     /// The process slot `owner`.

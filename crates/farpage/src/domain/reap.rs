@@ -40,8 +40,20 @@ impl Launcher {
         self.reap_those(false)
     }
 
-    /// `ended`: the whole tree has ended, so that a slot prepared for a child that never came is nobody's.
     fn reap_those(&self, ended: bool) -> usize {
+        Reaper { domain: &self.domain, me: self.me }.reap_those(ended)
+    }
+}
+
+/// Who gives back what the dead held.
+pub(crate) struct Reaper<'a> {
+    pub domain: &'a Domain,
+    pub me: Owner,
+}
+
+impl Reaper<'_> {
+    /// `ended`: the whole tree has ended, so that a slot prepared for a child that never came is nobody's.
+    pub(super) fn reap_those(&self, ended: bool) -> usize {
         let mut n = 0;
         for (owner, slot) in self.domain.slots() {
             let gone = match slot.state.load(Ordering::Acquire) {
@@ -55,13 +67,15 @@ impl Launcher {
                 _ => false,
             };
             if gone {
-                self.domain.give_back(owner, self.me);
+                self.give_back(owner);
                 n += 1;
             }
         }
         n
     }
+}
 
+impl Launcher {
     /// Process `pid` is about to make a call that leaves plain references to its pages with the kernel. Must be
     /// called before that call runs. Returns how many address spaces were marked: a process that is being forked and
     /// has no number yet may be `pid`, so it is marked too; a process that is not managed is not.
@@ -147,10 +161,10 @@ impl Launcher {
     }
 }
 
-impl Domain {
-    /// Puts every reference of a dead process, drops its entries, frees its slot. `by`: the caller, who is alive.
-    pub(crate) fn give_back(&self, owner: Owner, by: Owner) {
-        let d = self;
+impl Reaper<'_> {
+    /// Puts every reference of a dead process, drops its entries, frees its slot.
+    pub(crate) fn give_back(&self, owner: Owner) {
+        let d = self.domain;
         let slot = d.slot(owner);
         // One reaper a slot; Acquire: everything the dead process did comes before.
         let was = slot.state.load(Ordering::Acquire);
@@ -161,11 +175,11 @@ impl Domain {
         slot.charge.store(0, Ordering::SeqCst);
         slot.pinned.store(0, Ordering::SeqCst);
         // Before the slot can be another's: locks that the dead process held, changes that it left half done.
-        d.pagemaps.iter().for_each(|map| map.repair(owner, by));
+        d.pagemaps.iter().for_each(|map| map.repair(owner, self.me));
         let mut held = false;
         match d.map_window(owner) {
             Ok(window) => {
-                held = self.put_entries(owner, by, &window);
+                held = self.put_entries(owner, &window);
                 window.unmap();
             }
             Err(e) => eprintln!(
@@ -189,8 +203,8 @@ impl Domain {
         d.changed();
     }
 
-    fn put_entries(&self, owner: Owner, by: Owner, window: &SharedMap) -> bool {
-        let d = self;
+    fn put_entries(&self, owner: Owner, window: &SharedMap) -> bool {
+        let d = self.domain;
         // Frames whose count and entry the dead process was changing: known by their mark.
         let transit: Vec<Vec<Pfn>> = d.pagemaps.iter().map(|p| p.frames.in_transit(owner)).collect();
         let mut published = vec![Vec::new(); transit.len()];
@@ -208,15 +222,15 @@ impl Domain {
             for &pfn in &transit[i] {
                 let published = published[i].contains(&pfn) || map.ledger.publishes(owner, pfn);
                 if map.frames.recover(pfn, owner, published) {
-                    map.free(&[pfn], by);
+                    map.free(&[pfn], self.me);
                 }
             }
             for batch in held[i].chunks(256) {
                 // Without a mark of ours: nobody reaps us, and another dead process's mark on one of them is ours to
                 // clear, later.
-                map.put(batch, by);
+                map.put(batch, self.me);
             }
-            map.put_holds(owner, by);
+            map.put_holds(owner, self.me);
         }
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         if let Err(e) = rustix::fs::fallocate(&d.file, hole, layout::window_offset(owner), WINDOW as u64) {

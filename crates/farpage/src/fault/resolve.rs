@@ -105,7 +105,8 @@ impl Space {
             self.enqueue(&found);
         }
         let entry = if granule.has(flag::ENTRIES) { self.entries.get(addr) } else { Entry::Kernel };
-        let window = self.faults.streams().fault(addr, self.most_together() * GRANULE_PAGES);
+        let stream = || self.faults.streams().fault(addr, self.most_together() * GRANULE_PAGES);
+        let window = if self.one_by_one.load(Ordering::Relaxed) { 1 } else { stream() };
         if entry == Entry::Lost {
             self.count(Counter::FaultsDevice, 1);
             return self.poison(world, addr);
@@ -192,7 +193,8 @@ impl Space {
         let base = found.start / GRANULE * GRANULE;
         let i = (addr - base) / PAGE_SIZE;
         let staged = self.slots.staged(slot);
-        let (first, len) = runs(staged).find(|&(f, l)| f <= i && i < f + l)?;
+        let run = runs(staged).find(|&(f, l)| f <= i && i < f + l)?;
+        let (first, len) = if self.one_by_one.load(Ordering::Relaxed) { (i, 1) } else { run };
         let src = self.slots.addr(slot, first);
         let dst = base + first * PAGE_SIZE;
         let (done, stop) = world.move_pages(&world.uffd, dst, src, len * PAGE_SIZE, false);
@@ -245,7 +247,7 @@ impl Space {
         let end = addr + done * PAGE_SIZE;
         for at in (addr..end).step_by(PAGE_SIZE) {
             match self.entry_in(&stretch[at / GRANULE - addr / GRANULE], at) {
-                e @ Entry::Away(..) if why == Why::Migrate => {
+                e @ Entry::Away(..) if why == Why::Migrate || self.one_by_one.load(Ordering::Relaxed) => {
                     puts.begin(e);
                     self.entries.set(at, Entry::Kernel);
                 }

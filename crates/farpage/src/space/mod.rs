@@ -18,6 +18,8 @@ pub(crate) mod bits;
 pub mod exclusive;
 pub mod fork;
 mod hold;
+mod in_place;
+mod on_device;
 pub mod ops;
 mod orphan;
 pub mod pin;
@@ -33,6 +35,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::{MutexGuard, OnceLock, PoisonError};
 
 pub use hold::Hold;
+pub use on_device::OnDevice;
 use range::{Found, Ranges, flag};
 pub use running::Running;
 use slots::Slots;
@@ -137,6 +140,8 @@ pub struct Space {
     flux: sys::Mutex<behind::Flux>,
     /// See [`hold`].
     holds: hold::Holds,
+    /// A fault brings in the page that was touched and no other.
+    pub(crate) one_by_one: AtomicBool,
     /// See [`pin`].
     pins: pin::Pins,
     /// See [`exclusive`].
@@ -205,6 +210,7 @@ impl Space {
             leaving: AtomicU32::new(0),
             flux: sys::Mutex::new(behind::Flux::default()),
             holds: hold::Holds::new(),
+            one_by_one: AtomicBool::new(false),
             pins: pin::Pins::default(),
             exclusives: exclusive::Exclusives::default(),
             jobs: crate::migrate::Jobs::default(),
@@ -294,6 +300,12 @@ impl Space {
 
     pub(crate) fn start_handler(&self, index: usize) -> bool {
         self.starter.get().is_some_and(|start| start(index))
+    }
+
+    /// Whether a fault brings in, besides the page that was touched, those that are likely to be touched next (it does unless told
+    /// otherwise).
+    pub fn set_fault_around(&self, around: bool) {
+        self.one_by_one.store(!around, Ordering::Relaxed);
     }
 
     /// Whether an address is in the manager's tables or slots.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 
 use super::{FaultMode, Space};
-use crate::domain::{Domain, DomainError, sys_err};
+use crate::domain::{Domain, DomainError, Reaper, sys_err};
 use crate::frame::Owner;
 use crate::{fault, reclaim, sys};
 
@@ -148,6 +148,6 @@ impl Drop for Inner {
         let handlers = std::mem::take(&mut *self.handlers.lock().unwrap_or_else(PoisonError::into_inner));
         handlers.into_iter().for_each(|h| drop(h.join()));
         // The worker's end has cleared the life sign: the slot counts as a dead process's.
-        self.space.domain.give_back(self.space.me(), self.reaper);
+        Reaper { domain: &self.space.domain, me: self.reaper }.give_back(self.space.me());
     }
 }

@@ -4,6 +4,7 @@
 //! wrappers, and the manager's own mappings must not come back to it.
 
 mod futex;
+pub(crate) mod in_place;
 mod lock;
 pub mod lz4;
 mod mappings;

@@ -55,6 +55,12 @@ struct Poison {
     done: i64,
 }
 
+#[repr(C)]
+struct WriteProtect {
+    range: UffdRange,
+    mode: u64,
+}
+
 const fn iowr(nr: u64, size: usize) -> u64 {
     (3 << 30) | ((size as u64) << 16) | (0xAA << 8) | nr
 }
@@ -63,6 +69,7 @@ const UFFDIO_REGISTER: u64 = iowr(0x00, size_of::<Register>());
 const UFFDIO_UNREGISTER: u64 = (2 << 30) | ((size_of::<UffdRange>() as u64) << 16) | (0xAA << 8) | 0x01;
 const UFFDIO_WAKE: u64 = (2 << 30) | ((size_of::<UffdRange>() as u64) << 16) | (0xAA << 8) | 0x02;
 const UFFDIO_COPY: u64 = iowr(0x03, size_of::<Transfer>());
+const UFFDIO_WRITEPROTECT: u64 = iowr(0x06, size_of::<WriteProtect>());
 const UFFDIO_MOVE: u64 = iowr(0x05, size_of::<Transfer>());
 const UFFDIO_POISON: u64 = iowr(0x08, size_of::<Poison>());
 /// On `/dev/userfaultfd`.
@@ -273,6 +280,18 @@ impl Uffd {
             }
         }
         (len, None)
+    }
+
+    /// From now on who writes to `[start, start + len)`, memory of a shared file, waits for a wake-up; until it is unregistered or
+    /// replaced.
+    pub fn stop_writes(&self, start: usize, len: usize) -> rustix::io::Result<()> {
+        let mut arg = Register { range: range(start, len), mode: 2, ioctls: 0 };
+        let mut protect = WriteProtect { range: range(start, len), mode: 1 };
+        // SAFETY: as in `register`; nor does write protection change a byte.
+        unsafe {
+            ioctl(self.raw(), UFFDIO_REGISTER, &mut arg)?;
+            ioctl(self.raw(), UFFDIO_WRITEPROTECT, &mut protect)
+        }
     }
 
     /// Makes absent pages raise SIGBUS in whoever touches them, for ever, and wakes who waits.

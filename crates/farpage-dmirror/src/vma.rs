@@ -1,0 +1,137 @@
+//! The process's mappings.
+
+use rustix::io::Errno;
+
+/// A mapping, or the part of it that was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Vma {
+    /// First byte.
+    pub start: usize,
+    /// One past the last byte.
+    pub end: usize,
+    /// May be read.
+    pub read: bool,
+    /// May be written.
+    pub write: bool,
+    /// May be executed.
+    pub exec: bool,
+    /// MAP_SHARED.
+    pub shared: bool,
+    /// There is a file behind it.
+    pub file: bool,
+    /// Offset in the file.
+    pub offset: u64,
+    /// What the kernel calls it; a path, or a name in brackets, or nothing.
+    pub name: String,
+}
+
+impl Vma {
+    /// Bytes of the pages that it consists of: of hugetlbfs, more than a page.
+    pub fn page_size(&self) -> usize {
+        let huge = self.name.starts_with("/anon_hugepage") || self.file && on_hugetlbfs(&self.name);
+        // The kernel's own word where it gives one (`PROCMAP_QUERY`, Linux 6.11).
+        match query_page_size(self.start) {
+            Some(size) => size,
+            None if huge => 2 << 20,
+            None => farpage::PAGE_SIZE,
+        }
+    }
+
+    /// Kinds that no page of is ever migrated: huge pages of hugetlbfs, mappings of devices, the kernel's own.
+    pub fn is_special(&self) -> bool {
+        self.name.starts_with("[v")
+            || self.name.starts_with("/memfd:hmm_dmirror")
+            || self.page_size() > farpage::PAGE_SIZE
+    }
+
+    /// Private anonymous memory.
+    pub fn is_anonymous(&self) -> bool {
+        !self.shared && !self.file && !self.is_special()
+    }
+}
+
+/// The mappings within `[start, end)`, cut at its edges, in order; holes are left out.
+pub fn find(start: usize, end: usize) -> Result<Vec<Vma>, Errno> {
+    let maps = std::fs::read_to_string("/proc/self/maps")
+        .map_err(|e| Errno::from_raw_os_error(e.raw_os_error().unwrap_or(libc::EIO)))?;
+    Ok(maps.lines().filter_map(|line| parse(line, start, end)).collect())
+}
+
+fn parse(line: &str, start: usize, end: usize) -> Option<Vma> {
+    let mut words = line.splitn(6, ' ');
+    let (s, e) = words.next()?.split_once('-')?;
+    let (s, e) = (usize::from_str_radix(s, 16).ok()?, usize::from_str_radix(e, 16).ok()?);
+    if e <= start || s >= end {
+        return None;
+    }
+    let flags = words.next()?.as_bytes();
+    let offset = u64::from_str_radix(words.next()?, 16).ok()?;
+    let (_device, inode) = (words.next()?, words.next()?);
+    let name = words.next().unwrap_or("").trim_start();
+    let cut = start.saturating_sub(s) as u64;
+    Some(Vma {
+        start: s.max(start),
+        end: e.min(end),
+        read: flags.first() == Some(&b'r'),
+        write: flags.get(1) == Some(&b'w'),
+        exec: flags.get(2) == Some(&b'x'),
+        shared: flags.get(3) == Some(&b's'),
+        file: inode != "0",
+        offset: offset + cut,
+        name: name.to_owned(),
+    })
+}
+
+/// The mappings of all of `[start, end)`, each readable.
+///
+/// # Errors
+/// `missing` where there is a hole or one may not be read.
+pub fn readable(start: usize, end: usize, missing: Errno) -> Result<Vec<Vma>, Errno> {
+    let vmas = find(start, end)?;
+    let mut at = start;
+    for v in &vmas {
+        if v.start > at || !v.read {
+            return Err(missing);
+        }
+        at = v.end;
+    }
+    if at < end { Err(missing) } else { Ok(vmas) }
+}
+
+fn on_hugetlbfs(path: &str) -> bool {
+    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    rustix::fs::statfs(path).is_ok_and(|s| s.f_type == HUGETLBFS_MAGIC)
+}
+
+/// `struct procmap_query`.
+#[repr(C)]
+#[derive(Default)]
+struct Query {
+    size: u64,
+    flags: u64,
+    addr: u64,
+    start: u64,
+    end: u64,
+    vma_flags: u64,
+    page_size: u64,
+    offset: u64,
+    inode: u64,
+    dev: [u32; 2],
+    name_size: u32,
+    build_id_size: u32,
+    name: u64,
+    build_id: u64,
+}
+const _: () = assert!(size_of::<Query>() == 104);
+
+fn query_page_size(addr: usize) -> Option<usize> {
+    use rustix::fs::{Mode, OFlags};
+    /// `_IOWR('f', 17, struct procmap_query)`.
+    const PROCMAP_QUERY: u64 = 3 << 30 | (size_of::<Query>() as u64) << 16 | (b'f' as u64) << 8 | 17;
+    let maps = rustix::fs::open("/proc/self/maps", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    let mut q = Query { size: size_of::<Query>() as u64, addr: addr as u64, ..Query::default() };
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&maps);
+    // SAFETY: the structure is the one this ioctl takes; it asks for no name, so nothing else is written.
+    let r = unsafe { libc::syscall(libc::SYS_ioctl, fd, PROCMAP_QUERY, &raw mut q) };
+    (r == 0).then_some(q.page_size as usize)
+}
