@@ -276,12 +276,12 @@ impl Mirror {
     }
 
     fn migrate_to_device(&mut self, start: usize, end: usize, c: &mut Command) -> Result<(), Errno> {
-        let mut at = start;
-        let vmas = vma::find(start, end)?;
+        // All of it is looked at first, so that a range with a mistake in it moves nothing.
+        let vmas = vma::readable(start, end, Errno::INVAL)?;
+        if vmas.iter().any(Vma::is_special) {
+            return Err(Errno::INVAL);
+        }
         for v in &vmas {
-            if v.start > at || !v.read || v.is_special() {
-                return Err(Errno::INVAL);
-            }
             let mut huge = !self.fail_huge;
             let moved = pages::to_device(self.space, self.minor, v, &mut huge)?;
             self.fail_huge = !huge;
@@ -289,10 +289,6 @@ impl Mirror {
             for page in moved {
                 self.table.insert(page, Pte { access, home: Home::Device });
             }
-            at = v.end;
-        }
-        if at < end {
-            return Err(Errno::INVAL);
         }
         self.read_out(start, end, false, c)
     }

@@ -37,9 +37,11 @@ impl Vma {
         }
     }
 
-    /// Kinds that no page of is ever migrated: huge pages of hugetlbfs, mappings of devices, the kernel's own.
+    /// Kinds that no page of is ever migrated: huge pages of hugetlbfs, mappings of devices, the kernel's own, the
+    /// manager's.
     pub fn is_special(&self) -> bool {
-        self.name.starts_with("[v")
+        farpage_preload::is_own(self.start)
+            || self.name.starts_with("[v")
             || self.name.starts_with("/memfd:hmm_dmirror")
             || self.page_size() > farpage::PAGE_SIZE
     }

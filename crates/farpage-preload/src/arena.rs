@@ -100,10 +100,17 @@ struct Grow;
 // SAFETY: hands out disjoint, zeroed, readable and writable ranges that are never reused for anything else.
 unsafe impl dlmalloc::Allocator for Grow {
     fn alloc(&self, size: usize) -> (*mut u8, usize, u32) {
-        base();
+        let end = base() + RESERVED;
+        // What does not fit takes nothing away from what does.
+        let fits = |at: usize| {
+            let size = size.checked_next_multiple_of(GROW)?;
+            at.checked_add(size).filter(|&next| next <= end)
+        };
+        let Ok(at) = BRK.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits) else {
+            return (std::ptr::null_mut(), 0, 0);
+        };
         let size = size.next_multiple_of(GROW);
-        let at = BRK.fetch_add(size, Ordering::AcqRel);
-        if at + size > base() + RESERVED || !open(at, size) {
+        if !open(at, size) {
             return (std::ptr::null_mut(), 0, 0);
         }
         (at as *mut u8, size, 0)

@@ -18,6 +18,11 @@ pub fn is_manager() -> bool {
     arena::is_manager()
 }
 
+/// Whether an address is in memory of the manager's own.
+pub fn is_own(addr: usize) -> bool {
+    arena::holds(addr) || init::ready().is_some_and(|space| space.is_own(addr))
+}
+
 /// Returns the C convention: -1 and errno.
 pub fn fail<T: From<i8>>(e: rustix::io::Errno) -> T {
     // SAFETY: errno is this thread's own.
