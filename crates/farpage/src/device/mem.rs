@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use super::{Attach, Device, DeviceError, LoadOp, StoreOp, Sum, Usage};
 use crate::frame::{Owner, Pfn};
 use crate::size::format_size;
-use crate::sys::SharedArea;
+use crate::sys::{SharedArea, Streaming};
 use crate::{PAGE_SIZE, Page};
 
 /// The smallest `mem` device, in bytes.
@@ -95,12 +95,21 @@ impl Mem {
         Ok(())
     }
 
-    fn store_one(&self, pfn: Pfn, page: &Page, sum: Sum) -> Result<(), DeviceError> {
+    fn store_one(
+        &self,
+        pfn: Pfn,
+        page: &Page,
+        sum: Sum,
+        streaming: Option<&Streaming>,
+    ) -> Result<(), DeviceError> {
         if pfn >= self.frames {
             return Err(DeviceError::Io(libc::EINVAL));
         }
         self.provide(pfn)?;
-        self.data.write(pfn as usize * PAGE_SIZE, &page.0);
+        match streaming {
+            Some(streaming) => streaming.write(self.data, pfn as usize * PAGE_SIZE, page),
+            None => self.data.write(pfn as usize * PAGE_SIZE, &page.0),
+        }
         for (word, value) in self.sums[pfn as usize * 3..].iter().zip(sum.0) {
             word.store(value, Ordering::Relaxed);
         }
@@ -159,18 +168,23 @@ impl Device for Mem {
     }
 
     fn store(&self, ops: &mut [StoreOp<'_>], _owner: Owner) {
+        let streaming = Streaming::of(ops.len());
         for op in ops {
-            op.result = self.store_one(op.pfn, op.page, op.sum);
+            op.result = self.store_one(op.pfn, op.page, op.sum, streaming.as_ref());
         }
     }
 
     fn load(&self, ops: &mut [LoadOp<'_>]) {
+        let streaming = Streaming::of(ops.len());
         for op in ops {
             if !self.is_stored(op.pfn) {
                 op.result = Err(DeviceError::Corrupt);
                 continue;
             }
-            self.data.read(op.pfn as usize * PAGE_SIZE, &mut op.page.0);
+            match &streaming {
+                Some(streaming) => streaming.read(self.data, op.pfn as usize * PAGE_SIZE, op.page),
+                None => self.data.read(op.pfn as usize * PAGE_SIZE, &mut op.page.0),
+            }
             op.result = Ok(self.kept_sum(op.pfn));
         }
     }

@@ -21,6 +21,7 @@ mod sigbus;
 mod slots;
 mod steady;
 mod stop;
+mod stream;
 pub mod uffd;
 
 pub use futex::{futex_wait, futex_wait_any, futex_wake};
@@ -44,6 +45,7 @@ pub use sigbus::on_sigbus;
 pub use slots::{Slots, Taken};
 pub use steady::SteadyFile;
 pub use stop::Stopper;
+pub use stream::Streaming;
 
 /// Milliseconds of a clock that only goes forward.
 pub fn now_ms() -> u64 {
