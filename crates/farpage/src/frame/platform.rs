@@ -1,5 +1,5 @@
 //! What the frame table stands on: atomics, futexes, yielding. Under `--cfg loom` these are loom's, so that loom
-//! decides who runs next at each of them, and any of them can be the last thing that a process does ([`crash`]).
+//! decides who runs next at each of them, and any of them can be the last thing that a process does (`crash`).
 
 #[cfg(not(loom))]
 pub use crate::sys::point::point;
