@@ -105,35 +105,6 @@ fn on_hugetlbfs(path: &str) -> bool {
     rustix::fs::statfs(path).is_ok_and(|s| s.f_type == HUGETLBFS_MAGIC)
 }
 
-/// `struct procmap_query`.
-#[repr(C)]
-#[derive(Default)]
-struct Query {
-    size: u64,
-    flags: u64,
-    addr: u64,
-    start: u64,
-    end: u64,
-    vma_flags: u64,
-    page_size: u64,
-    offset: u64,
-    inode: u64,
-    dev: [u32; 2],
-    name_size: u32,
-    build_id_size: u32,
-    name: u64,
-    build_id: u64,
-}
-const _: () = assert!(size_of::<Query>() == 104);
-
 fn query_page_size(addr: usize) -> Option<usize> {
-    use rustix::fs::{Mode, OFlags};
-    /// `_IOWR('f', 17, struct procmap_query)`.
-    const PROCMAP_QUERY: u64 = 3 << 30 | (size_of::<Query>() as u64) << 16 | (b'f' as u64) << 8 | 17;
-    let maps = rustix::fs::open("/proc/self/maps", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
-    let mut q = Query { size: size_of::<Query>() as u64, addr: addr as u64, ..Query::default() };
-    let fd = std::os::fd::AsRawFd::as_raw_fd(&maps);
-    // SAFETY: the structure is the one this ioctl takes; it asks for no name, so nothing else is written.
-    let r = unsafe { libc::syscall(libc::SYS_ioctl, fd, PROCMAP_QUERY, &raw mut q) };
-    (r == 0).then_some(q.page_size as usize)
+    farpage::sys::Mappings::open().ok()?.at(addr)?.page_size
 }

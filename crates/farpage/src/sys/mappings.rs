@@ -46,6 +46,8 @@ pub struct Mapping {
     pub shared: bool,
     /// Of no file.
     pub anonymous: bool,
+    /// Bytes of its pages (huge ones on hugetlbfs), where the kernel can be asked.
+    pub page_size: Option<usize>,
 }
 
 /// The mappings of this process.
@@ -84,7 +86,7 @@ impl Mappings {
         let size = size_of::<Query>() as u64;
         let mut q = Query { size, flags: COVERING_OR_NEXT, addr: addr as u64, ..Query::default() };
         // SAFETY: the structure is the one this ioctl takes; without room for a name or a build number it writes nothing else.
-        let r = unsafe { libc::ioctl(self.fd.as_raw_fd(), PROCMAP_QUERY as _, &raw mut q) };
+        let r = unsafe { libc::syscall(libc::SYS_ioctl, self.fd.as_raw_fd(), PROCMAP_QUERY, &raw mut q) };
         if r < 0 {
             let e = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
             return Err(rustix::io::Errno::from_raw_os_error(e));
@@ -97,6 +99,7 @@ impl Mappings {
             write: has(WRITABLE),
             shared: has(SHARED),
             anonymous: q.inode == 0,
+            page_size: Some(q.page_size as usize),
         })
     }
 }
@@ -113,6 +116,7 @@ fn parse(line: &str) -> Option<Mapping> {
         write: perms.get(1) == Some(&b'w'),
         shared: perms.get(3) == Some(&b's'),
         anonymous: inode == "0",
+        page_size: None,
     })
 }
 
@@ -132,8 +136,8 @@ mod tests {
         let code = asked.at(here).unwrap();
         assert!(code.start <= here && here < code.end && code.read && !code.write && !code.shared);
         assert!(!code.anonymous);
-        assert_eq!(read.at(here), Some(code));
+        assert_eq!((read.at(here), code.page_size), (Some(Mapping { page_size: None, ..code }), Some(4096)));
         assert_eq!(asked.at(4096), None);
-        assert_eq!(asked.from(4096), read.from(4096));
+        assert_eq!(asked.from(4096).map(|m| m.start), read.from(4096).map(|m| m.start));
     }
 }
