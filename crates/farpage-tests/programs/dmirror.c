@@ -339,6 +339,23 @@ static void huge_zero(int minor) {
     }
 }
 
+// Whoever has opened the page map goes on mapping and unmapping, and the manager's own looks at it are the kernel's.
+static void page_map(int minor) {
+    int fd = mirror(minor);
+    size_t n = 64;
+    char *p = anon(n * PAGE), *kept = anon(n * PAGE), *buf = anon(n * PAGE);
+    fill(p, n * PAGE, 1);
+    fill(kept, n * PAGE, 2);
+    CHECK(command(fd, TO_DEV, p, buf, n) == 0 && command(fd, TO_DEV, kept, buf, n) == 0);
+    for (size_t i = 0; i < n; i++) CHECK(minor >= 2 ? pagemap(p + i * PAGE) >> 63 : pagemap(p + i * PAGE) >> 62 == 1);
+    CHECK(munmap(p + n / 2 * PAGE, n / 2 * PAGE) == 0 && holds(p, n / 2 * PAGE, 1));
+    CHECK(munmap(p, n / 2 * PAGE) == 0);
+    char *moved = mremap(kept, n * PAGE, n * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, anon(n * PAGE));
+    CHECK(moved != MAP_FAILED && holds(moved, n * PAGE, 2));
+    CHECK(command(fd, TO_DEV, moved, buf, n) == 0 && holds(buf, n * PAGE, 2));
+    CHECK(madvise(moved, n * PAGE, MADV_DONTNEED) == 0 && moved[0] == 0 && pagemap(moved) >> 63);
+}
+
 static int stop;
 static char *raced;
 static void *toucher(void *arg) {
@@ -406,7 +423,7 @@ int main(int argc, char **argv) {
         void (*run)(int);
     } cases[] = {{"errors", errors},     {"faults", faults},       {"migrate", migrate},
                  {"forks", forks},       {"mappings", mappings},   {"snapshot", snapshot},
-                 {"exclusive", exclusive}, {"huge", huge}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
+                 {"exclusive", exclusive}, {"huge", huge}, {"page-map", page_map}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
     CHECK(argc == 3);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         if (strcmp(cases[i].name, argv[1]) == 0) {

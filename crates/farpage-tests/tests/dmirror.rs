@@ -16,6 +16,7 @@ const CASES: &[&str] = &[
     "exclusive",
     "huge",
     "huge-zero",
+    "page-map",
     "threads",
     "gup",
 ];
