@@ -228,7 +228,6 @@ pub extern "C" fn after_fork_in_child() {
     // SAFETY: this is the only thread. What is replaced is the parent's, and may have been in the middle of a change.
     unsafe {
         FILES.renew(None);
-        crate::pages::renew();
     }
     FORKING[0].store(0, Ordering::SeqCst);
 }

@@ -339,6 +339,127 @@ static void huge_zero(int minor) {
     }
 }
 
+static void all(int fd, char *p, size_t pages, int want) {
+    unsigned char *seen = malloc(pages);
+    CHECK(seen && command(fd, SNAPSHOT, p, seen, pages) == 0);
+    for (size_t i = 0; i < pages; i++)
+        if (seen[i] != want) {
+            fprintf(stderr, "page %zu is %#x, not %#x\n", i, seen[i], want);
+            exit(1);
+        }
+    free(seen);
+}
+
+static char *huge_place(int prot) {
+    char *raw = map(2 * HUGE, prot, MAP_PRIVATE | MAP_ANONYMOUS);
+    char *p = (char *)(((uintptr_t)raw + HUGE - 1) & ~(HUGE - 1));
+    CHECK(madvise(p, HUGE, MADV_HUGEPAGE) == 0 || errno == EINVAL);
+    return p;
+}
+
+static void collapse(char *p) {
+    if (madvise(p, HUGE, MADV_COLLAPSE) != 0) {
+        printf("SKIP no huge page to be had\n");
+        exit(77);
+    }
+}
+
+// A huge page that is touched on a private device comes back as one, unless it has been split there.
+static void huge_fault(int minor) {
+    int fd = mirror(minor);
+    size_t n = HUGE / PAGE;
+    char *buf = anon(HUGE);
+    int away = minor >= 2 ? 0x42 : 0x26;
+    for (int round = 0; round < 6; round++) {
+        char *p = huge_place(PROT_READ | PROT_WRITE);
+        fill(p, HUGE, round);
+        collapse(p);
+        all(fd, p, n, 6);
+        CHECK(command(fd, TO_DEV, p, buf, n) == 0 && last.cpages == n && holds(buf, HUGE, round));
+        all(fd, p, n, away);
+        if (minor >= 2) { // never faults
+            CHECK(holds(p, HUGE, round));
+            all(fd, p, n, away);
+            continue;
+        }
+        volatile unsigned *word = (unsigned *)(p + 77 * PAGE);
+        if (round == 0) CHECK(*word == 77 * 1024 * 2654435761u);
+        if (round == 1) *word += 0;
+        if (round < 2) all(fd, p, n, 6);
+        if (round == 2) { // a part of it goes: page by page from now on
+            CHECK(munmap(p + HUGE / 2, HUGE / 2) == 0);
+            all(fd, p, n / 2, 0x22);
+            *word += 0;
+            all(fd, p, 77, 0x22);
+            all(fd, p + 78 * PAGE, n / 2 - 78, 0x22);
+            CHECK(holds(p, HUGE / 2, round));
+            continue;
+        }
+        if (round == 3) { // one page comes back by itself, and what is left is small
+            CHECK(command(fd, TO_SYS, p + PAGE, buf, 1) == 0 && last.cpages == 1);
+            *word += 0;
+            all(fd, p + 2 * PAGE, 75, 0x22);
+        }
+        if (round == 4) { // when it leaves again in pieces it is no huge page any more
+            CHECK(command(fd, TO_SYS, p + PAGE, buf, 1) == 0 && command(fd, TO_DEV, p + PAGE, buf, 1) == 0);
+            all(fd, p, n, 0x22);
+            *word += 0;
+            all(fd, p, 77, 0x22);
+        }
+        if (round == 5) { // a child and its parent each get all of it
+            pid_t child = fork();
+            if (child == 0) {
+                CHECK(holds(p, HUGE, round));
+                fill(p, HUGE, 99);
+                _exit(0);
+            }
+            int status = 1;
+            CHECK(waitpid(child, &status, 0) == child && status == 0);
+        }
+        CHECK(holds(p, HUGE, round));
+        CHECK(command(fd, TO_DEV, p, buf, n) == 0 && holds(buf, HUGE, round) && holds(p, HUGE, round));
+    }
+}
+
+// Two MiB in which there is nothing, or the huge zero page, leave as one page.
+static void huge_empty(int minor) {
+    if (minor >= 2) return;
+    int fd = mirror(minor);
+    size_t n = HUGE / PAGE;
+    char *buf = anon(2 * HUGE);
+    for (int round = 0; round < 6; round++) {
+        int write = round % 2;
+        char *p = huge_place(PROT_READ | (write ? PROT_WRITE : 0));
+        int small = write ? 0x22 : 0x21;
+        if (round < 2) CHECK(((volatile char *)p)[5] == 0); // the zero page, huge if the machine has it
+        if (round / 2 == 1) CHECK(command(fd, FLAGS, p, buf, 1) == 0);
+        int at = round / 2 == 2 ? HUGE / 2 : 0; // half of it first: small pages
+        if (at) CHECK(command(fd, TO_DEV, p, buf, n / 2) == 0);
+        memset(buf, 0xff, HUGE);
+        CHECK(command(fd, TO_DEV, p + at, buf, n - at / PAGE) == 0 && last.cpages == n - at / PAGE);
+        for (size_t i = 0; i < HUGE - at; i++) CHECK(buf[i] == 0);
+        unsigned char seen = 0;
+        CHECK(command(fd, SNAPSHOT, p, &seen, 1) == 0);
+        if (round >= 2) CHECK(seen == small);
+        if (round < 2) CHECK(seen == small || seen == (small | 4));
+        all(fd, p, n, seen);
+        for (size_t i = 0; i < HUGE; i++) CHECK(p[i] == 0);
+    }
+    for (int write = 0; write < 2; write++) { // nothing there at all
+        char *p = huge_place(PROT_READ | (write ? PROT_WRITE : 0));
+        CHECK(command(fd, TO_DEV, p, buf, n) == 0 && last.cpages == n);
+        all(fd, p, n, write ? 0x26 : 0x25);
+        CHECK(((volatile char *)p)[5] == 0);
+        CHECK(pagemap(p) >> 63 && pagemap(p + HUGE - PAGE) >> 63); // all of it came back
+        if (write) all(fd, p, n, 6);
+    }
+    // A huge page that the range does not begin with goes in small ones: the device looks at two MiB at a time.
+    char *raw = map(4 * HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS);
+    char *p = (char *)(((uintptr_t)raw + HUGE - 1) & ~(HUGE - 1)) + HUGE;
+    CHECK(command(fd, TO_DEV, p - PAGE, buf, n + 1) == 0);
+    all(fd, p, n, 0x22);
+}
+
 // Whoever has opened the page map goes on mapping and unmapping, and the manager's own looks at it are the kernel's.
 static void page_map(int minor) {
     int fd = mirror(minor);
@@ -423,7 +544,7 @@ int main(int argc, char **argv) {
         void (*run)(int);
     } cases[] = {{"errors", errors},     {"faults", faults},       {"migrate", migrate},
                  {"forks", forks},       {"mappings", mappings},   {"snapshot", snapshot},
-                 {"exclusive", exclusive}, {"huge", huge}, {"page-map", page_map}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
+                 {"exclusive", exclusive}, {"huge", huge}, {"page-map", page_map}, {"huge-fault", huge_fault}, {"huge-empty", huge_empty}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
     CHECK(argc == 3);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         if (strcmp(cases[i].name, argv[1]) == 0) {

@@ -17,6 +17,8 @@ const CASES: &[&str] = &[
     "huge",
     "huge-zero",
     "page-map",
+    "huge-fault",
+    "huge-empty",
     "threads",
     "gup",
 ];
