@@ -211,6 +211,11 @@ fn forking() -> bool {
 
 /// Before a fork: device page tables lose what parent and child will share.
 pub extern "C" fn before_fork() {
+    if ANY.load(Ordering::Acquire)
+        && let Some(space) = farpage_preload::init::ready()
+    {
+        own::reap(space);
+    }
     for m in mirrors() {
         quiet(&m).before_fork();
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use farpage::PAGE_SIZE;
-use farpage::migrate::{Outcome, Target};
+use farpage::migrate::{MigrateReport, Outcome, Refusal, Target};
 use farpage::space::Space;
 use farpage_preload::init;
 use rustix::io::Errno;
@@ -191,9 +191,15 @@ pub fn to_device(space: &Space, minor: u8, vma: &Vma, huge: &mut bool) -> Result
     let mut moved = Vec::new();
     for (s, e) in candidates {
         for (s, e) in runs(s, e, |at| view.place(at).is_none()) {
-            let report = space.migrate(s..e, Target::Device(minor)).map_err(|_| Errno::INVAL)?;
-            let addrs = (s..e).step_by(PAGE_SIZE).zip(&report.pages);
-            moved.extend(addrs.filter(|(_, o)| **o == Outcome::Moved).map(|(at, _)| at));
+            let mut report = space.migrate(s..e, Target::Device(minor)).map_err(|_| Errno::INVAL)?;
+            moved.extend(moved_by(&report));
+            let full = report.refused().any(|(_, why)| why == Refusal::NoMemory);
+            if full && crate::own::reap(space) > 0 {
+                // There is room again, of somebody who was killed.
+                report = space.migrate(s..e, Target::Device(minor)).map_err(|_| Errno::INVAL)?;
+                moved.extend(moved_by(&report));
+                moved.sort_unstable();
+            }
         }
     }
     if is_coherent(minor) {
@@ -206,6 +212,11 @@ pub fn to_device(space: &Space, minor: u8, vma: &Vma, huge: &mut bool) -> Result
         space.set_huge_on_device(block);
     }
     Ok(moved)
+}
+
+fn moved_by(report: &MigrateReport) -> impl Iterator<Item = usize> + '_ {
+    let addrs = (report.start..).step_by(PAGE_SIZE).zip(&report.pages);
+    addrs.filter(|(_, o)| **o == Outcome::Moved).map(|(at, _)| at)
 }
 
 /// Which 2 MiB pieces of `[start, end)` are going to leave as one page: huge pages, and those in which there is nothing.

@@ -460,6 +460,50 @@ static void huge_empty(int minor) {
     all(fd, p, n, 0x22);
 }
 
+// On devices of 1 MiB, which each process of this test fills: what those held that were killed is free again, or the next
+// would find no room.
+static void killed(int minor) {
+    size_t n = 256;
+    char *p = anon(n * PAGE), *buf = anon(n * PAGE);
+    fill(p, n * PAGE, 1);
+    int fd = mirror(minor);
+    CHECK(command(fd, TO_DEV, p, buf, n) == 0 && holds(buf, n * PAGE, 1));
+    char *more = anon(PAGE);
+    more[0] = 5;
+    CHECK(command(fd, TO_DEV, more, buf, 1) == ENOENT && more[0] == 5); // full
+    CHECK(holds(p, n * PAGE, 1));
+    for (int round = 0; round < 6; round++) {
+        CHECK(command(fd, TO_SYS, p, buf, n) == 0);
+        int ready[2];
+        char c;
+        CHECK(pipe(ready) == 0);
+        pid_t child = fork();
+        if (child == 0) {
+            int own = mirror(minor);
+            fill(p, n * PAGE, 10 + round);
+            CHECK(command(own, TO_DEV, p, buf, n) == 0 && last.cpages == n);
+            CHECK(write(ready[1], "", 1) == 1);
+            pause();
+        }
+        close(ready[1]);
+        CHECK(read(ready[0], &c, 1) == 1);
+        CHECK(command(fd, TO_DEV, p, buf, n) == ENOENT);
+        CHECK(holds(p, n * PAGE, 1));
+        CHECK(command(fd, TO_SYS, p, buf, n) == 0);
+        CHECK(kill(child, SIGKILL) == 0);
+        int status;
+        CHECK(waitpid(child, &status, 0) == child);
+        if (round % 2) { // a fork finds the dead, too
+            pid_t other = fork();
+            if (other == 0) _exit(0);
+            CHECK(waitpid(other, &status, 0) == other && status == 0);
+        }
+        close(ready[0]);
+        CHECK(command(fd, TO_DEV, p, buf, n) == 0 && last.cpages == n && holds(buf, n * PAGE, 1));
+    }
+    close(fd);
+}
+
 // Whoever has opened the page map goes on mapping and unmapping, and the manager's own looks at it are the kernel's.
 static void page_map(int minor) {
     int fd = mirror(minor);
@@ -544,7 +588,7 @@ int main(int argc, char **argv) {
         void (*run)(int);
     } cases[] = {{"errors", errors},     {"faults", faults},       {"migrate", migrate},
                  {"forks", forks},       {"mappings", mappings},   {"snapshot", snapshot},
-                 {"exclusive", exclusive}, {"huge", huge}, {"page-map", page_map}, {"huge-fault", huge_fault}, {"huge-empty", huge_empty}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
+                 {"exclusive", exclusive}, {"huge", huge}, {"page-map", page_map}, {"killed", killed}, {"huge-fault", huge_fault}, {"huge-empty", huge_empty}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
     CHECK(argc == 3);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         if (strcmp(cases[i].name, argv[1]) == 0) {

@@ -17,6 +17,7 @@ const CASES: &[&str] = &[
     "huge",
     "huge-zero",
     "page-map",
+    "killed",
     "huge-fault",
     "huge-empty",
     "threads",
@@ -50,6 +51,7 @@ fn run(case: &str, minor: u8) -> Result<Verdict, String> {
     let mut child = Command::new(path)
         .args([case, &minor.to_string()])
         .env("LD_PRELOAD", library)
+        .envs((case == "killed").then_some(("FARPAGE_DMIRROR_SIZE", "1M")))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
