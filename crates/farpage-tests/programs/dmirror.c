@@ -421,6 +421,30 @@ static void huge_fault(int minor) {
     }
 }
 
+// A huge page on a device that is moved stays one where it is aligned.
+static void huge_move(int minor) {
+    if (minor >= 2) return;
+    int fd = mirror(minor);
+    size_t n = HUGE / PAGE;
+    char *buf = anon(HUGE);
+    for (int round = 0; round < 3; round++) {
+        char *p = huge_place(PROT_READ | PROT_WRITE);
+        char *raw = map(4 * HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS);
+        char *to = (char *)(((uintptr_t)raw + HUGE - 1) & ~(HUGE - 1)) + (round == 1 ? PAGE : 0);
+        fill(p, HUGE, round);
+        collapse(p);
+        CHECK(command(fd, TO_DEV, p, buf, n) == 0);
+        all(fd, p, n, 0x26);
+        size_t len = round == 2 ? HUGE / 2 : HUGE;
+        CHECK(mremap(p, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to);
+        all(fd, to, len / PAGE, round == 0 ? 0x26 : 0x22);
+        if (round == 2) all(fd, p + len, len / PAGE, 0x22);
+        CHECK(*(volatile unsigned *)(to + PAGE) == round + 1024 * 2654435761u);
+        all(fd, to + 2 * PAGE, len / PAGE - 2, round == 0 ? 6 : 0x22);
+        CHECK(holds(to, len, round));
+    }
+}
+
 // Two MiB in which there is nothing, or the huge zero page, leave as one page.
 static void huge_empty(int minor) {
     if (minor >= 2) return;
@@ -588,7 +612,7 @@ int main(int argc, char **argv) {
         void (*run)(int);
     } cases[] = {{"errors", errors},     {"faults", faults},       {"migrate", migrate},
                  {"forks", forks},       {"mappings", mappings},   {"snapshot", snapshot},
-                 {"exclusive", exclusive}, {"huge", huge}, {"page-map", page_map}, {"killed", killed}, {"huge-fault", huge_fault}, {"huge-empty", huge_empty}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
+                 {"exclusive", exclusive}, {"huge", huge}, {"page-map", page_map}, {"huge-move", huge_move}, {"killed", killed}, {"huge-fault", huge_fault}, {"huge-empty", huge_empty}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
     CHECK(argc == 3);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         if (strcmp(cases[i].name, argv[1]) == 0) {
