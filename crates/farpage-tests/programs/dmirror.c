@@ -10,6 +10,8 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -421,6 +423,35 @@ static void huge_fault(int minor) {
     }
 }
 
+// The paths and descriptors are those of devices, before the first is opened, too.
+static void paths(int minor) {
+    char path[32];
+    struct stat st, other;
+    snprintf(path, sizeof path, "/dev/hmm_dmirror%d", minor);
+    CHECK(access(path, F_OK) == 0 && access(path, R_OK | W_OK) == 0);
+    CHECK(access(path, X_OK) == -1 && errno == EACCES);
+    CHECK(access(path, 64) == -1 && errno == EINVAL);
+    CHECK(access("/dev/hmm_dmirror4", F_OK) == -1 && errno == ENOENT);
+    CHECK(stat("/dev/hmm_dmirror4", &st) == -1 && errno == ENOENT);
+    CHECK(stat(path, &st) == 0 && S_ISCHR(st.st_mode) && st.st_nlink == 1 && st.st_rdev == makedev(major(st.st_rdev), minor));
+    CHECK(lstat(path, &other) == 0 && other.st_rdev == st.st_rdev && other.st_mode == st.st_mode);
+    CHECK(fstatat(AT_FDCWD, path, &other, 0) == 0 && other.st_rdev == st.st_rdev);
+    struct statx x;
+    CHECK(statx(AT_FDCWD, path, 0, STATX_BASIC_STATS, &x) == 0 && x.stx_mode == st.st_mode);
+    CHECK(x.stx_rdev_major == major(st.st_rdev) && x.stx_rdev_minor == (unsigned)minor && x.stx_uid == st.st_uid);
+    CHECK(statx(AT_FDCWD, "/", 0, STATX_BASIC_STATS, &x) == 0 && S_ISDIR(x.stx_mode));
+    CHECK(faccessat(AT_FDCWD, path, R_OK, 0) == 0 && faccessat(AT_FDCWD, "/", X_OK, AT_EACCESS) == 0);
+    int fd = mirror(minor);
+    CHECK(fstat(fd, &other) == 0 && other.st_rdev == st.st_rdev && S_ISCHR(other.st_mode) && other.st_size == 0);
+    pid_t child = fork();
+    if (child == 0) _exit(fstat(fd, &other) != 0 || other.st_rdev != st.st_rdev || !S_ISCHR(other.st_mode));
+    int status = 1;
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    CHECK(stat("/sys/kernel/debug/gup_test", &st) == 0 && S_ISREG(st.st_mode) && access("/sys/kernel/debug/gup_test", W_OK) == 0);
+    CHECK(stat("/proc/self/exe", &st) == 0 && S_ISREG(st.st_mode) && lstat("/proc/self/exe", &other) == 0 && S_ISLNK(other.st_mode));
+    CHECK(fstat(0, &other) == 0 && fstat(99, &other) == -1 && errno == EBADF && access("/", F_OK) == 0);
+}
+
 // A huge page on a device that is moved stays one where it is aligned.
 static void huge_move(int minor) {
     if (minor >= 2) return;
@@ -612,7 +643,7 @@ int main(int argc, char **argv) {
         void (*run)(int);
     } cases[] = {{"errors", errors},     {"faults", faults},       {"migrate", migrate},
                  {"forks", forks},       {"mappings", mappings},   {"snapshot", snapshot},
-                 {"exclusive", exclusive}, {"huge", huge}, {"page-map", page_map}, {"huge-move", huge_move}, {"killed", killed}, {"huge-fault", huge_fault}, {"huge-empty", huge_empty}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
+                 {"exclusive", exclusive}, {"huge", huge}, {"page-map", page_map}, {"paths", paths}, {"huge-move", huge_move}, {"killed", killed}, {"huge-fault", huge_fault}, {"huge-empty", huge_empty}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
     CHECK(argc == 3);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         if (strcmp(cases[i].name, argv[1]) == 0) {

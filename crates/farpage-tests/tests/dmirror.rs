@@ -17,6 +17,7 @@ const CASES: &[&str] = &[
     "huge",
     "huge-zero",
     "page-map",
+    "paths",
     "huge-move",
     "killed",
     "huge-fault",
