@@ -604,6 +604,51 @@ static void threads(int minor) {
     CHECK(sum == count[0] + count[1]);
 }
 
+static void *wide_toucher(void *arg) {
+    unsigned *count = arg;
+    for (unsigned x = 1 + (unsigned)(uintptr_t)arg; !__atomic_load_n(&stop, __ATOMIC_SEQ_CST); ++*count) {
+        x = x * 1103515245 + 12345;
+        __atomic_fetch_add((unsigned *)(raced + x / 65536 % (HUGE / PAGE) * PAGE), 1, __ATOMIC_SEQ_CST);
+    }
+    return NULL;
+}
+
+// Nor where two threads touch a huge page on the device at once, while it leaves, comes back, is made anew and shared with children.
+static void huge_threads(int minor) {
+    int fd = mirror(minor);
+    size_t n = HUGE / PAGE;
+    char *buf = anon(HUGE);
+    unsigned count[2] = {0}, whole = 0;
+    pthread_t t[2];
+    raced = huge_place(PROT_READ | PROT_WRITE);
+    memset(raced, 0, HUGE);
+    for (int i = 0; i < 2; i++) pthread_create(&t[i], NULL, wide_toucher, &count[i]);
+    for (int i = 0; i < (minor < 2 ? 120 : 30); i++) {
+        whole += madvise(raced, HUGE, MADV_COLLAPSE) == 0;
+        int r = command(fd, TO_DEV, raced, buf, n);
+        CHECK(r == 0 || r == ENOENT);
+        if (i % 3 == 0) CHECK(command(fd, TO_SYS, raced, buf, i % 2 ? n : 1) == 0);
+        if (i % 15 == 14) {
+            pid_t child = fork();
+            if (child == 0) {
+                for (size_t k = 0; k < n; k++) *(volatile unsigned *)(raced + k * PAGE) = 0;
+                _exit(0);
+            }
+            int status = 1;
+            CHECK(waitpid(child, &status, 0) == child && status == 0);
+        }
+    }
+    __atomic_store_n(&stop, 1, __ATOMIC_SEQ_CST);
+    unsigned sum = 0;
+    for (int i = 0; i < 2; i++) pthread_join(t[i], NULL);
+    for (size_t i = 0; i < n; i++) sum += *(unsigned *)(raced + i * PAGE);
+    CHECK(sum == count[0] + count[1]);
+    if (whole == 0) {
+        printf("SKIP no huge page to be had\n");
+        exit(77);
+    }
+}
+
 static void gup(int minor) {
     struct {
         uint64_t get, put, addr, size;
@@ -643,7 +688,7 @@ int main(int argc, char **argv) {
         void (*run)(int);
     } cases[] = {{"errors", errors},     {"faults", faults},       {"migrate", migrate},
                  {"forks", forks},       {"mappings", mappings},   {"snapshot", snapshot},
-                 {"exclusive", exclusive}, {"huge", huge}, {"page-map", page_map}, {"paths", paths}, {"huge-move", huge_move}, {"killed", killed}, {"huge-fault", huge_fault}, {"huge-empty", huge_empty}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
+                 {"exclusive", exclusive}, {"huge", huge}, {"page-map", page_map}, {"huge-threads", huge_threads}, {"paths", paths}, {"huge-move", huge_move}, {"killed", killed}, {"huge-fault", huge_fault}, {"huge-empty", huge_empty}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
     CHECK(argc == 3);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         if (strcmp(cases[i].name, argv[1]) == 0) {

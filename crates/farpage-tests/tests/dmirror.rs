@@ -17,6 +17,7 @@ const CASES: &[&str] = &[
     "huge",
     "huge-zero",
     "page-map",
+    "huge-threads",
     "paths",
     "huge-move",
     "killed",
