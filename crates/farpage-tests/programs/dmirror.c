@@ -623,12 +623,12 @@ static void huge_threads(int minor) {
     raced = huge_place(PROT_READ | PROT_WRITE);
     memset(raced, 0, HUGE);
     for (int i = 0; i < 2; i++) pthread_create(&t[i], NULL, wide_toucher, &count[i]);
-    for (int i = 0; i < (minor < 2 ? 120 : 30); i++) {
+    for (int i = 0; i < (minor < 2 ? 100 : 15); i++) {
         whole += madvise(raced, HUGE, MADV_COLLAPSE) == 0;
         int r = command(fd, TO_DEV, raced, buf, n);
         CHECK(r == 0 || r == ENOENT);
         if (i % 3 == 0) CHECK(command(fd, TO_SYS, raced, buf, i % 2 ? n : 1) == 0);
-        if (i % 15 == 14) {
+        if (i % 14 == 13) {
             pid_t child = fork();
             if (child == 0) {
                 for (size_t k = 0; k < n; k++) *(volatile unsigned *)(raced + k * PAGE) = 0;
