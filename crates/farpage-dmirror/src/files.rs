@@ -19,7 +19,7 @@ use crate::own;
 use crate::uapi::{Node, is_coherent};
 
 /// Larger than what a program maps of a device.
-const FILE_LEN: u64 = 1 << 46;
+pub const FILE_LEN: u64 = 1 << 46;
 
 /// What is behind an open file.
 #[derive(Clone)]
@@ -28,8 +28,8 @@ pub enum File {
     Mirror(Arc<Mutex<Mirror>>),
     /// A `gup_test`.
     GupTest(Arc<Mutex<GupTest>>),
-    /// Another process opened it: it mirrors another address space.
-    Foreign,
+    /// Another process opened it: it mirrors another address space. The device.
+    Foreign(u8),
 }
 
 type Inode = (u64, u64);
@@ -98,8 +98,8 @@ pub fn find(fd: c_int) -> Option<File> {
 fn inherited(fd: c_int, inode: Inode) -> Option<File> {
     let name = rustix::fs::readlink(format!("/proc/self/fd/{fd}"), Vec::new()).ok()?;
     let name = name.to_bytes().strip_prefix(b"/memfd:")?;
-    if name.starts_with(b"hmm_dmirror") {
-        return Some(File::Foreign);
+    if let Some([minor, ..]) = name.strip_prefix(b"hmm_dmirror") {
+        return Some(File::Foreign(minor.wrapping_sub(b'0')));
     }
     if !name.starts_with(b"gup_test ") {
         return None;
@@ -191,7 +191,7 @@ fn descriptors() -> Vec<c_int> {
 
 /// What to map in place of a device: fresh memory of zeros, as the device gives every mapping its own.
 pub fn mapping(fd: c_int, len: usize) -> Option<OwnedFd> {
-    let Some(File::Mirror(_) | File::Foreign) = find(fd) else { return None };
+    let Some(File::Mirror(_) | File::Foreign(_)) = find(fd) else { return None };
     let memory = rustix::fs::memfd_create("hmm_dmirror", MemfdFlags::CLOEXEC).ok()?;
     let len = len.div_ceil(farpage::PAGE_SIZE) * farpage::PAGE_SIZE;
     // The device's pages are all there from the beginning.
@@ -211,6 +211,11 @@ fn forking() -> bool {
 
 /// Before a fork: device page tables lose what parent and child will share.
 pub extern "C" fn before_fork() {
+    if ANY.load(Ordering::Acquire)
+        && let Some(space) = farpage_preload::init::ready()
+    {
+        own::reap(space);
+    }
     for m in mirrors() {
         quiet(&m).before_fork();
     }
@@ -228,7 +233,6 @@ pub extern "C" fn after_fork_in_child() {
     // SAFETY: this is the only thread. What is replaced is the parent's, and may have been in the middle of a change.
     unsafe {
         FILES.renew(None);
-        crate::pages::renew();
     }
     FORKING[0].store(0, Ordering::SeqCst);
 }

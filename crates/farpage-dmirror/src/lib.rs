@@ -11,6 +11,7 @@ mod own;
 mod pagemap;
 mod pages;
 mod private_file;
+mod stat;
 mod uapi;
 mod user;
 mod vma;
@@ -73,7 +74,7 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_voi
             quiet(&test).command(request, at)
         })()),
         // Another address space is mirrored.
-        Some(File::Foreign) => fail::<i8>(Errno::INVAL).into(),
+        Some(File::Foreign(_)) => fail::<i8>(Errno::INVAL).into(),
         None => {
             if request == pagemap::PAGEMAP_SCAN
                 && let Some(result) = pagemap::scan(fd, at)

@@ -321,13 +321,17 @@ impl Mirror {
         let map = PageMap::open()?;
         for v in vma::find(start, end)?.iter().filter(|v| v.read && !v.name.starts_with("[vvar")) {
             let view = View::new(self.space, v.start, v.end)?;
+            let huge: Vec<usize> = self.space.huge_on_devices(v.start, v.end).iter().map(|b| b.0).collect();
             let mut kinds = BTreeMap::new();
             map.kinds(v.start, v.end, |s, e, kind| {
                 kinds.insert(s, (e, kind));
             })?;
             for at in (v.start..v.end).step_by(PAGE_SIZE) {
                 let kind = kinds.range(..=at).next_back().filter(|(_, k)| k.0 > at).map_or(0, |(_, k)| k.1);
-                bytes[(at - start) / PAGE_SIZE] = self.describe(&view, v, at, kind);
+                bytes[(at - start) / PAGE_SIZE] = {
+                    let huge = huge.binary_search(&(at / HUGE * HUGE)).is_ok();
+                    self.describe(&view, v, at, kind, huge)
+                };
             }
         }
         user::write(c.ptr as usize, &bytes)?;
@@ -335,11 +339,11 @@ impl Mirror {
         Ok(())
     }
 
-    fn describe(&self, view: &View, v: &Vma, at: usize, kind: u64) -> u8 {
+    fn describe(&self, view: &View, v: &Vma, at: usize, kind: u64, huge_there: bool) -> u8 {
         let rights = if view.is_writable(at, v) { prot::WRITE } else { prot::READ };
         if let Some(place) = view.place(at) {
             let local = place.device == self.minor;
-            let huge = if pages::is_huge_on_device(self.space, at) { prot::PMD } else { 0 };
+            let huge = if huge_there { prot::PMD } else { 0 };
             return match (is_coherent(place.device), local) {
                 (true, true) => prot::COHERENT_LOCAL | rights,
                 (true, false) => prot::COHERENT_REMOTE | rights,

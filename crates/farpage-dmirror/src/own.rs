@@ -13,13 +13,30 @@ const DRAM: u64 = 1 << 46;
 /// Bytes of a device, at most; it takes memory only for what is on it.
 const DEVICE: u64 = 64 << 30;
 
+/// Bytes of each device, if not as many as the machine has: `64M`.
+const ENV_SIZE: &str = "FARPAGE_DMIRROR_SIZE";
+
+fn device() -> Result<Spec, Errno> {
+    let Ok(size) = std::env::var(ENV_SIZE) else {
+        return Ok(Spec::Mem { size: memory().clamp(1 << 30, DEVICE) });
+    };
+    format!("mem:{size}").parse().map_err(|e| {
+        farpage::sys::say(&format!("no HMM test device: {ENV_SIZE}: {e}"));
+        Errno::INVAL
+    })
+}
+
 /// The manager of this process's memory, whose domain has our devices.
 ///
 /// # Errors
-/// ENODEV where the domain is somebody else's (`farpage run`), ENOMEM where none can be made: stderr says why.
+/// ENODEV where the domain is somebody else's (`farpage run`), EINVAL for a size that is none, ENOMEM where none can be made:
+/// stderr says why.
 pub fn space() -> Result<&'static Space, Errno> {
+    if let Some(space) = init::ready().filter(|space| is_ours(space)) {
+        return Ok(space);
+    }
+    let device = device()?;
     let make = || {
-        let size = memory().clamp(1 << 30, DEVICE);
         let config = Config {
             dram: DRAM,
             // Only what is migrated is managed.
@@ -29,7 +46,7 @@ pub fn space() -> Result<&'static Space, Errno> {
             // Nobody watches for calls that take plain references.
             recycle: false,
             max_pinned: None,
-            devices: vec![Spec::Mem { size }; usize::from(MINORS)],
+            devices: vec![device; usize::from(MINORS)],
         };
         let space = Domain::create(&config).and_then(Space::new)?;
         space.set_fault_around(false);
@@ -56,7 +73,7 @@ fn memory() -> u64 {
     info.totalram.saturating_mul(u64::from(info.mem_unit))
 }
 
-/// Gives back what processes held that were killed.
-pub fn reap(space: &Space) {
-    space.domain.reap(space.me());
+/// Gives back what processes held that were killed; returns how many there were.
+pub fn reap(space: &Space) -> usize {
+    space.domain.reap(space.me())
 }

@@ -3,33 +3,18 @@
 use std::collections::BTreeSet;
 
 use farpage::PAGE_SIZE;
-use farpage::migrate::{Outcome, Target};
+use farpage::migrate::{MigrateReport, Outcome, Refusal, Target};
 use farpage::space::Space;
-use farpage::sys::Mutex;
 use farpage_preload::init;
 use rustix::io::Errno;
 use rustix::mm::MprotectFlags;
 
-use crate::files::quiet;
 use crate::pagemap::{self, PageMap};
 use crate::uapi::is_coherent;
 use crate::vma::Vma;
 
 /// Bytes of a huge page.
 pub const HUGE: usize = 2 << 20;
-
-/// Huge pages that went to a device as one: the first byte of each. What is here and not all on one device any more counts for
-/// nothing.
-static HUGE_ON_DEVICE: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
-
-/// In a forked child: nothing is known of huge pages.
-///
-/// # Safety
-/// The caller is the only thread of the process.
-pub unsafe fn renew() {
-    // SAFETY: the caller's contract.
-    unsafe { HUGE_ON_DEVICE.renew(BTreeSet::new()) }
-}
 
 /// The private device and the frame that the page at `addr` is on.
 pub fn hidden(addr: usize) -> Option<(u8, u32)> {
@@ -200,14 +185,21 @@ pub fn to_device(space: &Space, minor: u8, vma: &Vma, huge: &mut bool) -> Result
         manage(space, s, e)?;
     }
     let view = View::new(space, start, end)?;
-    let whole = note_huge(space, &map, start, end, huge)?;
+    // (What a private mapping of a file has of its own is not one page.)
+    let whole = if vma.file { Vec::new() } else { whole(&map, &view, start, end, huge)? };
     let _writable = Writable::new(vma)?;
     let mut moved = Vec::new();
     for (s, e) in candidates {
         for (s, e) in runs(s, e, |at| view.place(at).is_none()) {
-            let report = space.migrate(s..e, Target::Device(minor)).map_err(|_| Errno::INVAL)?;
-            let addrs = (s..e).step_by(PAGE_SIZE).zip(&report.pages);
-            moved.extend(addrs.filter(|(_, o)| **o == Outcome::Moved).map(|(at, _)| at));
+            let mut report = space.migrate(s..e, Target::Device(minor)).map_err(|_| Errno::INVAL)?;
+            moved.extend(moved_by(&report));
+            let full = report.refused().any(|(_, why)| why == Refusal::NoMemory);
+            if full && crate::own::reap(space) > 0 {
+                // There is room again, of somebody who was killed.
+                report = space.migrate(s..e, Target::Device(minor)).map_err(|_| Errno::INVAL)?;
+                moved.extend(moved_by(&report));
+                moved.sort_unstable();
+            }
         }
     }
     if is_coherent(minor) {
@@ -216,56 +208,40 @@ pub fn to_device(space: &Space, minor: u8, vma: &Vma, huge: &mut bool) -> Result
             space.map_in_place(s, e, minor, prot)?;
         }
     }
-    let mut set = quiet(&HUGE_ON_DEVICE);
     for block in whole {
-        set.insert(block);
+        space.set_huge_on_device(block);
     }
     Ok(moved)
 }
 
-/// Which huge pages of `[start, end)` are going to leave as one. Those that are known from before, and are not whole any more,
-/// are forgotten.
-fn note_huge(
-    space: &Space,
-    map: &PageMap,
-    start: usize,
-    end: usize,
-    may: &mut bool,
-) -> Result<Vec<usize>, Errno> {
-    let known: Vec<usize> = {
-        let first = start.saturating_sub(HUGE - 1);
-        quiet(&HUGE_ON_DEVICE).range(first..end).copied().collect()
-    };
-    for block in known {
-        if whole_on_device(space, block).is_none() {
-            quiet(&HUGE_ON_DEVICE).remove(&block);
-        }
+fn moved_by(report: &MigrateReport) -> impl Iterator<Item = usize> + '_ {
+    let addrs = (report.start..).step_by(PAGE_SIZE).zip(&report.pages);
+    addrs.filter(|(_, o)| **o == Outcome::Moved).map(|(at, _)| at)
+}
+
+/// Which 2 MiB pieces of `[start, end)` are going to leave as one page: huge pages, and those in which there is nothing.
+fn whole(map: &PageMap, view: &View, start: usize, end: usize, may: &mut bool) -> Result<Vec<usize>, Errno> {
+    // The device looks at 2 MiB at a time, from the first byte on.
+    if !start.is_multiple_of(HUGE) {
+        return Ok(Vec::new());
     }
-    let mut whole = Vec::new();
+    let mut huge = BTreeSet::new();
     map.kinds(start, end, |s, e, kind| {
         if kind & pagemap::IS_HUGE != 0 {
-            whole.extend((s.next_multiple_of(HUGE)..e.saturating_sub(HUGE - 1)).step_by(HUGE));
+            huge.extend((s.next_multiple_of(HUGE)..e.saturating_sub(HUGE - 1)).step_by(HUGE));
         }
     })?;
+    let nothing =
+        |at: usize| view.word(at) & (pagemap::PRESENT | pagemap::SWAP) == 0 && view.place(at).is_none();
+    let empty = |block: usize| (block..block + HUGE).step_by(PAGE_SIZE).all(nothing);
+    let blocks = (start..end.saturating_sub(HUGE - 1)).step_by(HUGE);
+    let mut whole: Vec<usize> = blocks.filter(|b| huge.contains(b) || empty(*b)).collect();
     if !*may && !whole.is_empty() {
         // The allocation that fails, this once: its pages go one by one.
         whole.remove(0);
         *may = true;
     }
     Ok(whole)
-}
-
-/// The device that all of a huge page is on.
-fn whole_on_device(space: &Space, block: usize) -> Option<u8> {
-    let pages = space.on_devices(block, block + HUGE);
-    let device = pages.first()?.device;
-    (pages.len() == HUGE / PAGE_SIZE && pages.iter().all(|p| p.device == device)).then_some(device)
-}
-
-/// Whether the page is part of a huge page that is on a device as one.
-pub fn is_huge_on_device(space: &Space, addr: usize) -> bool {
-    let block = addr / HUGE * HUGE;
-    quiet(&HUGE_ON_DEVICE).contains(&block) && whole_on_device(space, block).is_some()
 }
 
 /// Moves the pages of `[start, end)` that are on device `minor` back to DRAM; returns how many. `huge`: those that left
@@ -277,12 +253,9 @@ pub fn to_system(
     end: usize,
     huge: &mut bool,
 ) -> Result<usize, Errno> {
-    let blocks: Vec<usize> = {
-        let set = quiet(&HUGE_ON_DEVICE);
-        set.range(start..end).copied().filter(|b| b + HUGE <= end).collect()
-    };
-    let blocks: Vec<usize> =
-        blocks.into_iter().filter(|&b| whole_on_device(space, b) == Some(minor)).collect();
+    let blocks = space.huge_on_devices(start, end);
+    let blocks = blocks.iter().filter(|&&(b, device)| device == minor && start <= b && b + HUGE <= end);
+    let blocks: Vec<usize> = blocks.map(|b| b.0).collect();
     let mine: BTreeSet<usize> =
         space.on_devices(start, end).iter().filter(|p| p.device == minor).map(|p| p.addr).collect();
     let Some((&first, &last)) = mine.first().zip(mine.last()) else { return Ok(0) };
@@ -295,7 +268,6 @@ pub fn to_system(
         }
     }
     for block in blocks {
-        quiet(&HUGE_ON_DEVICE).remove(&block);
         if !*huge {
             *huge = true;
         } else if !is_coherent(minor) {

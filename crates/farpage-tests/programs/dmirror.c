@@ -10,6 +10,8 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -339,6 +341,241 @@ static void huge_zero(int minor) {
     }
 }
 
+static void all(int fd, char *p, size_t pages, int want) {
+    unsigned char *seen = malloc(pages);
+    CHECK(seen && command(fd, SNAPSHOT, p, seen, pages) == 0);
+    for (size_t i = 0; i < pages; i++)
+        if (seen[i] != want) {
+            fprintf(stderr, "page %zu is %#x, not %#x\n", i, seen[i], want);
+            exit(1);
+        }
+    free(seen);
+}
+
+static char *huge_place(int prot) {
+    char *raw = map(2 * HUGE, prot, MAP_PRIVATE | MAP_ANONYMOUS);
+    char *p = (char *)(((uintptr_t)raw + HUGE - 1) & ~(HUGE - 1));
+    CHECK(madvise(p, HUGE, MADV_HUGEPAGE) == 0 || errno == EINVAL);
+    return p;
+}
+
+static void collapse(char *p) {
+    if (madvise(p, HUGE, MADV_COLLAPSE) != 0) {
+        printf("SKIP no huge page to be had\n");
+        exit(77);
+    }
+}
+
+// A huge page that is touched on a private device comes back as one, unless it has been split there.
+static void huge_fault(int minor) {
+    int fd = mirror(minor);
+    size_t n = HUGE / PAGE;
+    char *buf = anon(HUGE);
+    int away = minor >= 2 ? 0x42 : 0x26;
+    for (int round = 0; round < 6; round++) {
+        char *p = huge_place(PROT_READ | PROT_WRITE);
+        fill(p, HUGE, round);
+        collapse(p);
+        all(fd, p, n, 6);
+        CHECK(command(fd, TO_DEV, p, buf, n) == 0 && last.cpages == n && holds(buf, HUGE, round));
+        all(fd, p, n, away);
+        if (minor >= 2) { // never faults
+            CHECK(holds(p, HUGE, round));
+            all(fd, p, n, away);
+            continue;
+        }
+        volatile unsigned *word = (unsigned *)(p + 77 * PAGE);
+        if (round == 0) CHECK(*word == 77 * 1024 * 2654435761u);
+        if (round == 1) *word += 0;
+        if (round < 2) all(fd, p, n, 6);
+        if (round == 2) { // a part of it goes: page by page from now on
+            CHECK(munmap(p + HUGE / 2, HUGE / 2) == 0);
+            all(fd, p, n / 2, 0x22);
+            *word += 0;
+            all(fd, p, 77, 0x22);
+            all(fd, p + 78 * PAGE, n / 2 - 78, 0x22);
+            CHECK(holds(p, HUGE / 2, round));
+            continue;
+        }
+        if (round == 3) { // one page comes back by itself, and what is left is small
+            CHECK(command(fd, TO_SYS, p + PAGE, buf, 1) == 0 && last.cpages == 1);
+            *word += 0;
+            all(fd, p + 2 * PAGE, 75, 0x22);
+        }
+        if (round == 4) { // when it leaves again in pieces it is no huge page any more
+            CHECK(command(fd, TO_SYS, p + PAGE, buf, 1) == 0 && command(fd, TO_DEV, p + PAGE, buf, 1) == 0);
+            all(fd, p, n, 0x22);
+            *word += 0;
+            all(fd, p, 77, 0x22);
+        }
+        if (round == 5) { // a child and its parent each get all of it
+            pid_t child = fork();
+            if (child == 0) {
+                CHECK(holds(p, HUGE, round));
+                fill(p, HUGE, 99);
+                _exit(0);
+            }
+            int status = 1;
+            CHECK(waitpid(child, &status, 0) == child && status == 0);
+        }
+        CHECK(holds(p, HUGE, round));
+        CHECK(command(fd, TO_DEV, p, buf, n) == 0 && holds(buf, HUGE, round) && holds(p, HUGE, round));
+    }
+}
+
+// The paths and descriptors are those of devices, before the first is opened, too.
+static void paths(int minor) {
+    char path[32];
+    struct stat st, other;
+    snprintf(path, sizeof path, "/dev/hmm_dmirror%d", minor);
+    CHECK(access(path, F_OK) == 0 && access(path, R_OK | W_OK) == 0);
+    CHECK(access(path, X_OK) == -1 && errno == EACCES);
+    CHECK(access(path, 64) == -1 && errno == EINVAL);
+    CHECK(access("/dev/hmm_dmirror4", F_OK) == -1 && errno == ENOENT);
+    CHECK(stat("/dev/hmm_dmirror4", &st) == -1 && errno == ENOENT);
+    CHECK(stat(path, &st) == 0 && S_ISCHR(st.st_mode) && st.st_nlink == 1 && st.st_rdev == makedev(major(st.st_rdev), minor));
+    CHECK(lstat(path, &other) == 0 && other.st_rdev == st.st_rdev && other.st_mode == st.st_mode);
+    CHECK(fstatat(AT_FDCWD, path, &other, 0) == 0 && other.st_rdev == st.st_rdev);
+    struct statx x;
+    CHECK(statx(AT_FDCWD, path, 0, STATX_BASIC_STATS, &x) == 0 && x.stx_mode == st.st_mode);
+    CHECK(x.stx_rdev_major == major(st.st_rdev) && x.stx_rdev_minor == (unsigned)minor && x.stx_uid == st.st_uid);
+    CHECK(statx(AT_FDCWD, "/", 0, STATX_BASIC_STATS, &x) == 0 && S_ISDIR(x.stx_mode));
+    CHECK(faccessat(AT_FDCWD, path, R_OK, 0) == 0 && faccessat(AT_FDCWD, "/", X_OK, AT_EACCESS) == 0);
+    int fd = mirror(minor);
+    CHECK(fstat(fd, &other) == 0 && other.st_rdev == st.st_rdev && S_ISCHR(other.st_mode) && other.st_size == 0);
+    pid_t child = fork();
+    if (child == 0) _exit(fstat(fd, &other) != 0 || other.st_rdev != st.st_rdev || !S_ISCHR(other.st_mode));
+    int status = 1;
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    CHECK(stat("/sys/kernel/debug/gup_test", &st) == 0 && S_ISREG(st.st_mode) && access("/sys/kernel/debug/gup_test", W_OK) == 0);
+    CHECK(stat("/proc/self/exe", &st) == 0 && S_ISREG(st.st_mode) && lstat("/proc/self/exe", &other) == 0 && S_ISLNK(other.st_mode));
+    CHECK(fstat(0, &other) == 0 && fstat(99, &other) == -1 && errno == EBADF && access("/", F_OK) == 0);
+}
+
+// A huge page on a device that is moved stays one where it is aligned.
+static void huge_move(int minor) {
+    if (minor >= 2) return;
+    int fd = mirror(minor);
+    size_t n = HUGE / PAGE;
+    char *buf = anon(HUGE);
+    for (int round = 0; round < 3; round++) {
+        char *p = huge_place(PROT_READ | PROT_WRITE);
+        char *raw = map(4 * HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS);
+        char *to = (char *)(((uintptr_t)raw + HUGE - 1) & ~(HUGE - 1)) + (round == 1 ? PAGE : 0);
+        fill(p, HUGE, round);
+        collapse(p);
+        CHECK(command(fd, TO_DEV, p, buf, n) == 0);
+        all(fd, p, n, 0x26);
+        size_t len = round == 2 ? HUGE / 2 : HUGE;
+        CHECK(mremap(p, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to);
+        all(fd, to, len / PAGE, round == 0 ? 0x26 : 0x22);
+        if (round == 2) all(fd, p + len, len / PAGE, 0x22);
+        CHECK(*(volatile unsigned *)(to + PAGE) == round + 1024 * 2654435761u);
+        all(fd, to + 2 * PAGE, len / PAGE - 2, round == 0 ? 6 : 0x22);
+        CHECK(holds(to, len, round));
+    }
+}
+
+// Two MiB in which there is nothing, or the huge zero page, leave as one page.
+static void huge_empty(int minor) {
+    if (minor >= 2) return;
+    int fd = mirror(minor);
+    size_t n = HUGE / PAGE;
+    char *buf = anon(2 * HUGE);
+    for (int round = 0; round < 6; round++) {
+        int write = round % 2;
+        char *p = huge_place(PROT_READ | (write ? PROT_WRITE : 0));
+        int small = write ? 0x22 : 0x21;
+        if (round < 2) CHECK(((volatile char *)p)[5] == 0); // the zero page, huge if the machine has it
+        if (round / 2 == 1) CHECK(command(fd, FLAGS, p, buf, 1) == 0);
+        int at = round / 2 == 2 ? HUGE / 2 : 0; // half of it first: small pages
+        if (at) CHECK(command(fd, TO_DEV, p, buf, n / 2) == 0);
+        memset(buf, 0xff, HUGE);
+        CHECK(command(fd, TO_DEV, p + at, buf, n - at / PAGE) == 0 && last.cpages == n - at / PAGE);
+        for (size_t i = 0; i < HUGE - at; i++) CHECK(buf[i] == 0);
+        unsigned char seen = 0;
+        CHECK(command(fd, SNAPSHOT, p, &seen, 1) == 0);
+        if (round >= 2) CHECK(seen == small);
+        if (round < 2) CHECK(seen == small || seen == (small | 4));
+        all(fd, p, n, seen);
+        for (size_t i = 0; i < HUGE; i++) CHECK(p[i] == 0);
+    }
+    for (int write = 0; write < 2; write++) { // nothing there at all
+        char *p = huge_place(PROT_READ | (write ? PROT_WRITE : 0));
+        CHECK(command(fd, TO_DEV, p, buf, n) == 0 && last.cpages == n);
+        all(fd, p, n, write ? 0x26 : 0x25);
+        CHECK(((volatile char *)p)[5] == 0);
+        CHECK(pagemap(p) >> 63 && pagemap(p + HUGE - PAGE) >> 63); // all of it came back
+        if (write) all(fd, p, n, 6);
+    }
+    // A huge page that the range does not begin with goes in small ones: the device looks at two MiB at a time.
+    char *raw = map(4 * HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS);
+    char *p = (char *)(((uintptr_t)raw + HUGE - 1) & ~(HUGE - 1)) + HUGE;
+    CHECK(command(fd, TO_DEV, p - PAGE, buf, n + 1) == 0);
+    all(fd, p, n, 0x22);
+}
+
+// On devices of 1 MiB, which each process of this test fills: what those held that were killed is free again, or the next
+// would find no room.
+static void killed(int minor) {
+    size_t n = 256;
+    char *p = anon(n * PAGE), *buf = anon(n * PAGE);
+    fill(p, n * PAGE, 1);
+    int fd = mirror(minor);
+    CHECK(command(fd, TO_DEV, p, buf, n) == 0 && holds(buf, n * PAGE, 1));
+    char *more = anon(PAGE);
+    more[0] = 5;
+    CHECK(command(fd, TO_DEV, more, buf, 1) == ENOENT && more[0] == 5); // full
+    CHECK(holds(p, n * PAGE, 1));
+    for (int round = 0; round < 6; round++) {
+        CHECK(command(fd, TO_SYS, p, buf, n) == 0);
+        int ready[2];
+        char c;
+        CHECK(pipe(ready) == 0);
+        pid_t child = fork();
+        if (child == 0) {
+            int own = mirror(minor);
+            fill(p, n * PAGE, 10 + round);
+            CHECK(command(own, TO_DEV, p, buf, n) == 0 && last.cpages == n);
+            CHECK(write(ready[1], "", 1) == 1);
+            pause();
+        }
+        close(ready[1]);
+        CHECK(read(ready[0], &c, 1) == 1);
+        CHECK(command(fd, TO_DEV, p, buf, n) == ENOENT);
+        CHECK(holds(p, n * PAGE, 1));
+        CHECK(command(fd, TO_SYS, p, buf, n) == 0);
+        CHECK(kill(child, SIGKILL) == 0);
+        int status;
+        CHECK(waitpid(child, &status, 0) == child);
+        if (round % 2) { // a fork finds the dead, too
+            pid_t other = fork();
+            if (other == 0) _exit(0);
+            CHECK(waitpid(other, &status, 0) == other && status == 0);
+        }
+        close(ready[0]);
+        CHECK(command(fd, TO_DEV, p, buf, n) == 0 && last.cpages == n && holds(buf, n * PAGE, 1));
+    }
+    close(fd);
+}
+
+// Whoever has opened the page map goes on mapping and unmapping, and the manager's own looks at it are the kernel's.
+static void page_map(int minor) {
+    int fd = mirror(minor);
+    size_t n = 64;
+    char *p = anon(n * PAGE), *kept = anon(n * PAGE), *buf = anon(n * PAGE);
+    fill(p, n * PAGE, 1);
+    fill(kept, n * PAGE, 2);
+    CHECK(command(fd, TO_DEV, p, buf, n) == 0 && command(fd, TO_DEV, kept, buf, n) == 0);
+    for (size_t i = 0; i < n; i++) CHECK(minor >= 2 ? pagemap(p + i * PAGE) >> 63 : pagemap(p + i * PAGE) >> 62 == 1);
+    CHECK(munmap(p + n / 2 * PAGE, n / 2 * PAGE) == 0 && holds(p, n / 2 * PAGE, 1));
+    CHECK(munmap(p, n / 2 * PAGE) == 0);
+    char *moved = mremap(kept, n * PAGE, n * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, anon(n * PAGE));
+    CHECK(moved != MAP_FAILED && holds(moved, n * PAGE, 2));
+    CHECK(command(fd, TO_DEV, moved, buf, n) == 0 && holds(buf, n * PAGE, 2));
+    CHECK(madvise(moved, n * PAGE, MADV_DONTNEED) == 0 && moved[0] == 0 && pagemap(moved) >> 63);
+}
+
 static int stop;
 static char *raced;
 static void *toucher(void *arg) {
@@ -365,6 +602,51 @@ static void threads(int minor) {
     for (int i = 0; i < 2; i++) pthread_join(t[i], NULL);
     for (int i = 0; i < 16; i++) sum += *(unsigned *)(raced + i * PAGE);
     CHECK(sum == count[0] + count[1]);
+}
+
+static void *wide_toucher(void *arg) {
+    unsigned *count = arg;
+    for (unsigned x = 1 + (unsigned)(uintptr_t)arg; !__atomic_load_n(&stop, __ATOMIC_SEQ_CST); ++*count) {
+        x = x * 1103515245 + 12345;
+        __atomic_fetch_add((unsigned *)(raced + x / 65536 % (HUGE / PAGE) * PAGE), 1, __ATOMIC_SEQ_CST);
+    }
+    return NULL;
+}
+
+// Nor where two threads touch a huge page on the device at once, while it leaves, comes back, is made anew and shared with children.
+static void huge_threads(int minor) {
+    int fd = mirror(minor);
+    size_t n = HUGE / PAGE;
+    char *buf = anon(HUGE);
+    unsigned count[2] = {0}, whole = 0;
+    pthread_t t[2];
+    raced = huge_place(PROT_READ | PROT_WRITE);
+    memset(raced, 0, HUGE);
+    for (int i = 0; i < 2; i++) pthread_create(&t[i], NULL, wide_toucher, &count[i]);
+    for (int i = 0; i < (minor < 2 ? 100 : 15); i++) {
+        whole += madvise(raced, HUGE, MADV_COLLAPSE) == 0;
+        int r = command(fd, TO_DEV, raced, buf, n);
+        CHECK(r == 0 || r == ENOENT);
+        if (i % 3 == 0) CHECK(command(fd, TO_SYS, raced, buf, i % 2 ? n : 1) == 0);
+        if (i % 14 == 13) {
+            pid_t child = fork();
+            if (child == 0) {
+                for (size_t k = 0; k < n; k++) *(volatile unsigned *)(raced + k * PAGE) = 0;
+                _exit(0);
+            }
+            int status = 1;
+            CHECK(waitpid(child, &status, 0) == child && status == 0);
+        }
+    }
+    __atomic_store_n(&stop, 1, __ATOMIC_SEQ_CST);
+    unsigned sum = 0;
+    for (int i = 0; i < 2; i++) pthread_join(t[i], NULL);
+    for (size_t i = 0; i < n; i++) sum += *(unsigned *)(raced + i * PAGE);
+    CHECK(sum == count[0] + count[1]);
+    if (whole == 0) {
+        printf("SKIP no huge page to be had\n");
+        exit(77);
+    }
 }
 
 static void gup(int minor) {
@@ -406,7 +688,7 @@ int main(int argc, char **argv) {
         void (*run)(int);
     } cases[] = {{"errors", errors},     {"faults", faults},       {"migrate", migrate},
                  {"forks", forks},       {"mappings", mappings},   {"snapshot", snapshot},
-                 {"exclusive", exclusive}, {"huge", huge}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
+                 {"exclusive", exclusive}, {"huge", huge}, {"page-map", page_map}, {"huge-threads", huge_threads}, {"paths", paths}, {"huge-move", huge_move}, {"killed", killed}, {"huge-fault", huge_fault}, {"huge-empty", huge_empty}, {"huge-zero", huge_zero},         {"threads", threads}, {"gup", gup}};
     CHECK(argc == 3);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         if (strcmp(cases[i].name, argv[1]) == 0) {

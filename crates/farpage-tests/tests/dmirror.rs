@@ -16,6 +16,13 @@ const CASES: &[&str] = &[
     "exclusive",
     "huge",
     "huge-zero",
+    "page-map",
+    "huge-threads",
+    "paths",
+    "huge-move",
+    "killed",
+    "huge-fault",
+    "huge-empty",
     "threads",
     "gup",
 ];
@@ -47,6 +54,7 @@ fn run(case: &str, minor: u8) -> Result<Verdict, String> {
     let mut child = Command::new(path)
         .args([case, &minor.to_string()])
         .env("LD_PRELOAD", library)
+        .envs((case == "killed").then_some(("FARPAGE_DMIRROR_SIZE", "1M")))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

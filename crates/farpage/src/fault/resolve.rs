@@ -118,6 +118,9 @@ impl Space {
             return self.bring_in(world, found.range, addr, want, Why::Fault, hands).1;
         }
         self.count(Counter::FaultsDevice, 1);
+        if self.fault_huge(world, &found, addr, hands) {
+            return Outcome::Wake;
+        }
         let want = window.min((found.range.end - addr) / PAGE_SIZE);
         let (done, outcome) = self.bring_in(world, found.range, addr, want, Why::Fault, hands);
         if window >= GRANULE_PAGES {

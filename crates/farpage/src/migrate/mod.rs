@@ -22,6 +22,7 @@
 mod access;
 mod back;
 mod compact;
+mod huge;
 mod jobs;
 mod out;
 
@@ -182,7 +183,10 @@ impl Space {
             let (s, e) = (range.start.max(start), range.end.min(end));
             let pages = &mut pages[(s - start) / PAGE_SIZE..(e - start) / PAGE_SIZE];
             match to {
-                Target::Device(dev) => self.migrate_out(world, range, (s, e), dev, pages, hands),
+                Target::Device(dev) => {
+                    self.forget_huge(range, s);
+                    self.migrate_out(world, range, (s, e), dev, pages, hands);
+                }
                 Target::System => self.migrate_back(world, range, (s, e), room, pages, hands),
             }
         }

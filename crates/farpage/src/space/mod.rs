@@ -310,10 +310,7 @@ impl Space {
 
     /// Whether an address is in the manager's tables or slots.
     pub fn is_own(&self, addr: usize) -> bool {
-        let (slots, len) = self.slots.area();
-        addr.wrapping_sub(self.window.addr()) < WINDOW
-            || addr.wrapping_sub(slots.saturating_sub(range::GRANULE)) < len + 2 * range::GRANULE
-            || self.domain.maps(addr)
+        addr.wrapping_sub(self.window.addr()) < WINDOW || self.slots.holds(addr) || self.domain.maps(addr)
     }
 
     /// With `--strict`: whether a new mapping of `len` bytes finds no room any more.

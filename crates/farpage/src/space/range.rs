@@ -29,6 +29,8 @@ pub mod flag {
     /// Pages of it have been out: its page entries may be other than `Kernel`. Without the flag nobody looks,
     /// because a look makes the kernel allocate the entries.
     pub const ENTRIES: u32 = 16;
+    /// The first of 2 MiB that left as one page. Where not all of them are on one device any more it means nothing.
+    pub const HUGE: u32 = 32;
 }
 
 /// What is known of a granule (of the part of it that lies in one range).

@@ -2,7 +2,7 @@
 
 use rustix::io::Errno;
 
-use super::range::{Range, flag};
+use super::range::{GRANULE, Range, STRETCH, flag};
 use super::{Space, World};
 use crate::PAGE_SIZE;
 use crate::domain::entry::Entry;
@@ -123,6 +123,8 @@ impl Space {
             .filter(|(f, ..)| f.granule.has(flag::ENTRIES))
             .map(|(_, s, e)| (s, e))
             .collect();
+        let moving = world.ranges.granules(from, from + len).filter(|(f, ..)| f.granule.has(flag::HUGE));
+        let huge: Vec<usize> = moving.map(|(_, s, _)| s - from + to).collect();
         for &(s, e) in &had_entries {
             for addr in (s..e).step_by(PAGE_SIZE) {
                 let entry = self.entries.get(addr);
@@ -143,6 +145,10 @@ impl Space {
         }
         world.ranges.take(from, from + len);
         let range = Range::new(to, to + len, if had_entries.is_empty() { 0 } else { flag::ENTRIES });
+        // A huge page on a device stays one where the place for it is as good.
+        for at in huge.into_iter().filter(|at| at.is_multiple_of(STRETCH * GRANULE)) {
+            range.granule(at).granule.set(flag::HUGE);
+        }
         world.uffd.register(to, len)?;
         for f in range.iter() {
             self.enqueue(&f);

@@ -126,7 +126,7 @@ impl Slots {
         let mut empty = BitSet::new(n);
         (0..n).for_each(|slot| empty.set(slot, true));
         Ok(Self {
-            mapping: (raw as usize, (n + 1) * GRANULE),
+            mapping: (raw as usize, (n + STRETCH) * GRANULE),
             base,
             shared: (0..n)
                 .map(|_| Shared { granule: AtomicUsize::new(0), staged: AtomicU64::new(0) })
@@ -149,6 +149,12 @@ impl Slots {
     /// The whole area: for registering it.
     pub fn area(&self) -> (usize, usize) {
         (self.base, self.shared.len() * GRANULE)
+    }
+
+    /// Whether an address is in the area's mapping, which is a little larger than the area.
+    pub fn holds(&self, addr: usize) -> bool {
+        let (start, len) = self.mapping;
+        addr.wrapping_sub(start) < len
     }
 
     /// Address of a page of the area's mapping that is never there.

@@ -4,6 +4,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
 
+use super::ioctl::ioctl;
+
 /// The argument of `PROCMAP_QUERY` (`linux/fs.h`, since Linux 6.11).
 #[repr(C)]
 #[derive(Default)]
@@ -86,11 +88,7 @@ impl Mappings {
         let size = size_of::<Query>() as u64;
         let mut q = Query { size, flags: COVERING_OR_NEXT, addr: addr as u64, ..Query::default() };
         // SAFETY: the structure is the one this ioctl takes; without room for a name or a build number it writes nothing else.
-        let r = unsafe { libc::syscall(libc::SYS_ioctl, self.fd.as_raw_fd(), PROCMAP_QUERY, &raw mut q) };
-        if r < 0 {
-            let e = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
-            return Err(rustix::io::Errno::from_raw_os_error(e));
-        }
+        unsafe { ioctl(self.fd.as_raw_fd(), PROCMAP_QUERY, &raw mut q as usize)? };
         let has = |flag: u64| q.vma_flags & flag != 0;
         Ok(Mapping {
             start: q.start as usize,

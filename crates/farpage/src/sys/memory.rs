@@ -59,7 +59,7 @@ pub fn populate(start: usize, len: usize, write: bool) -> Result<(), Errno> {
 pub fn collapse(start: usize, len: usize) -> Result<(), Errno> {
     const MADV_COLLAPSE: libc::c_int = 25;
     // SAFETY: the pages' bytes and addresses stay as they are.
-    let r = unsafe { libc::madvise(start as *mut _, len, MADV_COLLAPSE) };
+    let r = unsafe { libc::syscall(libc::SYS_madvise, start, len, MADV_COLLAPSE) };
     if r == 0 {
         return Ok(());
     }

@@ -5,6 +5,7 @@
 
 mod futex;
 pub(crate) mod in_place;
+mod ioctl;
 mod lock;
 pub mod lz4;
 mod mappings;

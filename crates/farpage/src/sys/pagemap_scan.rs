@@ -4,6 +4,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
 
+use super::ioctl::ioctl;
+
 #[repr(C)]
 #[derive(Default)]
 struct ScanArg {
@@ -169,12 +171,8 @@ impl PageScan {
             ..ScanArg::default()
         };
         // SAFETY: the structure is the one this ioctl takes; it writes at most `vec_len` regions to `found`.
-        let n = unsafe { libc::ioctl(self.fd.as_raw_fd(), PAGEMAP_SCAN as _, &raw mut arg) };
-        if n < 0 {
-            let e = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
-            return Err(rustix::io::Errno::from_raw_os_error(e));
-        }
-        Ok((n as usize, arg.walk_end as usize))
+        let n = unsafe { ioctl(self.fd.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg as usize)? };
+        Ok((n, arg.walk_end as usize))
     }
 
     /// How many pages of `[start, end)` are there.

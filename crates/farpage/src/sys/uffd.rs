@@ -214,9 +214,9 @@ impl Uffd {
         let dev = rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         // SAFETY: this ioctl takes flags by value and returns a new descriptor that nobody else owns.
         unsafe {
-            let fd =
-                libc::ioctl(dev.as_raw_fd(), USERFAULTFD_IOC_NEW as _, libc::O_CLOEXEC | libc::O_NONBLOCK);
-            if fd < 0 { Err(last_errno()) } else { Ok(OwnedFd::from_raw_fd(fd)) }
+            let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as usize;
+            let fd = super::ioctl::ioctl(dev.as_raw_fd(), USERFAULTFD_IOC_NEW, flags)?;
+            Ok(OwnedFd::from_raw_fd(fd as RawFd))
         }
     }
 
@@ -358,6 +358,5 @@ fn last_errno() -> rustix::io::Errno {
 /// `arg` must be the structure that `op` takes.
 unsafe fn ioctl<T>(fd: RawFd, op: u64, arg: &mut T) -> rustix::io::Result<()> {
     // SAFETY: the caller's contract.
-    let r = unsafe { libc::ioctl(fd, op as _, std::ptr::from_mut(arg)) };
-    if r < 0 { Err(last_errno()) } else { Ok(()) }
+    unsafe { super::ioctl::ioctl(fd, op, std::ptr::from_mut(arg) as usize).map(|_| ()) }
 }

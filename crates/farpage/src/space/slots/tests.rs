@@ -69,3 +69,16 @@ fn staged_pages_are_counted_as_they_come_and_go() {
     slots.set_staged(first, 0b1000);
     assert_eq!(slots.staged_pages(), 1);
 }
+
+/// What lies next to the area is somebody else's, and all of the area's mapping is gone with it.
+#[test]
+fn the_area_holds_its_mapping_and_nothing_else() {
+    let slots = Slots::new(3).unwrap();
+    let (start, len) = slots.mapping;
+    let (base, area) = slots.area();
+    assert!(start <= base && base + area < start + len);
+    assert!(slots.holds(start) && slots.holds(start + len - 1) && slots.holds(slots.hole()));
+    assert!(!slots.holds(start - 1) && !slots.holds(start + len));
+    let mapped = crate::sys::mappings_in(start, start + len).unwrap();
+    assert!(mapped.last().is_some_and(|m| m.1 >= start + len));
+}
