@@ -67,7 +67,10 @@ fn kill_one(managed: &Managed, random: &mut Random, seed: u64, step: impl Fn(&Me
         libc::kill(child, libc::SIGKILL);
         assert_eq!(libc::waitpid(child, &mut status, 0), child);
     }
-    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL, "it ended by itself: {status:#x}");
+    assert!(
+        libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL,
+        "it ended by itself: {status:#x}"
+    );
 }
 
 /// Kills processes that have all of their pages for themselves: nothing is in use afterwards.

@@ -24,6 +24,7 @@ mod back;
 mod compact;
 mod jobs;
 mod out;
+mod remove;
 
 pub use access::AccessError;
 pub use compact::Compacted;
