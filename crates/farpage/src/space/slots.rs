@@ -126,7 +126,7 @@ impl Slots {
         let mut empty = BitSet::new(n);
         (0..n).for_each(|slot| empty.set(slot, true));
         Ok(Self {
-            mapping: (raw as usize, (n + 1) * GRANULE),
+            mapping: (raw as usize, (n + STRETCH) * GRANULE),
             base,
             shared: (0..n)
                 .map(|_| Shared { granule: AtomicUsize::new(0), staged: AtomicU64::new(0) })
@@ -237,6 +237,10 @@ impl Slots {
                     l.empty.set(slot, false);
                     l.meta[slot].state = State::Settling;
                 }
+                drop(l);
+                // They are empty; but what was here in small pages has left their page table behind, and over one no huge page
+                // can be moved. The kernel frees it (since 6.14, on x86-64) when the whole of its range is dropped.
+                crate::sys::drop_pages(self.addr(first as u32, 0), STRETCH * GRANULE);
                 return Some((first as u32, STRETCH));
             }
         }
