@@ -36,7 +36,7 @@ fn in_staging(managed: &Managed) -> usize {
 
 /// Whether the kernel frees page tables that have become empty: over one it moves no huge page.
 fn frees_page_tables() -> bool {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     cfg!(target_arch = "x86_64") && version >= (6, 14)
