@@ -25,6 +25,8 @@
 //! | `drop_copies` without the lock; or of pages that are away | `two_that_evict_…` |
 //! | evicting without the granules' locks | `what_is_written_…` and three more |
 //! | evicting does not say that it moves; holding does not wait for it; evicting does not look at holds | `what_is_held_stays` |
+//! | evicting ignores pins | `what_is_pinned_stays` |
+//! | migrating ignores pins; the first unpin ends all | `what_is_pinned_stays`, `a_page_stays_until_…` |
 //! | the reaper forgets the puts | `forks_…`, `drops_…` |
 //! | `Mail::send` does not look again, or takes back what is there no more | `mail_is_served_once` |
 //! | `Mail::sleep` looks before it says so; `take` is a load and a store | `mail_is_served_once` |
@@ -381,7 +383,7 @@ fn what_is_pinned_stays() {
         let pins = |p: &Program, hands: &mut Hands| {
             let space = p.ground.space;
             for n in 0..2 {
-                let pin = space.pin(p.addr(0)..p.addr(2), Pin::Short, true).unwrap();
+                let pin = space.pin(p.addr(0)..p.addr(2), Pin::Short, n == 1).unwrap();
                 for i in 0..3 {
                     point::point();
                     assert!(p.is_there(0) && p.is_there(1), "a pinned page has left");
@@ -411,6 +413,7 @@ fn a_page_stays_until_its_last_pin_ends() {
             move |p: &Program, hands: &mut Hands| {
                 let pin = p.ground.space.pin(p.addr(1)..p.addr(2), Pin::LongTerm, false).unwrap();
                 for i in 0..3 {
+                    point::point();
                     assert!(p.is_there(1), "a pinned page has left");
                     p.read(1, hands);
                     p.write(2, stamp + i, hands);
