@@ -26,7 +26,7 @@
 //! | evicting without the granules' locks | `what_is_written_…` and three more |
 //! | evicting does not say that it moves; holding does not wait for it; evicting does not look at holds | `what_is_held_stays` |
 //! | evicting ignores pins | `what_is_pinned_stays` |
-//! | a pin does not wait for moves | `what_is_pinned_stays`, `a_page_stays_until_…` |
+//! | a pin does not wait for moves, or waits before it counts | `what_is_pinned_stays`, `a_page_stays_until_…` |
 //! | migrating ignores pins; the first unpin ends all | `what_is_pinned_stays`, `a_page_stays_until_…` |
 //! | the reaper forgets the puts | `forks_…`, `drops_…` |
 //! | `Mail::send` does not look again, or takes back what is there no more | `mail_is_served_once` |
