@@ -25,6 +25,9 @@
 //! | `drop_copies` without the lock; or of pages that are away | `two_that_evict_…` |
 //! | evicting without the granules' locks | `what_is_written_…` and three more |
 //! | evicting does not say that it moves; holding does not wait for it; evicting does not look at holds | `what_is_held_stays` |
+//! | evicting ignores pins | `what_is_pinned_stays` |
+//! | a pin does not wait for moves, or waits before it counts | `what_is_pinned_stays`, `a_page_stays_until_…` |
+//! | migrating ignores pins; the first unpin ends all | `what_is_pinned_stays`, `a_page_stays_until_…` |
 //! | the reaper forgets the puts | `forks_…`, `drops_…` |
 //! | `Mail::send` does not look again, or takes back what is there no more | `mail_is_served_once` |
 //! | `Mail::sleep` looks before it says so; `take` is a load and a store | `mail_is_served_once` |
@@ -38,8 +41,10 @@ use shuttle::thread;
 use crate::PAGE_SIZE;
 use crate::domain::{Config, Domain, Launcher};
 use crate::fault::mail::Mail;
+use crate::migrate::{MigrateReport, Refusal, Target};
 use crate::reclaim::Hands;
 use crate::space::Space;
+use crate::space::pin::Pin;
 use crate::space::range::GRANULE;
 use crate::sys::{PageScan, point};
 
@@ -339,6 +344,106 @@ fn what_is_held_stays() {
             }),
             task(p, |p, hands| (0..3).for_each(|n| p.read(n, hands))),
         ]
+    });
+}
+
+/// Tasks that ask the worker for something, and the worker: a task of its own, which ends when they all have.
+fn with_worker(p: &Arc<Program>, clients: Vec<Client>) -> Vec<thread::JoinHandle<()>> {
+    let left = Arc::new(AtomicUsize::new(clients.len()));
+    let theirs = left.clone();
+    let worker = task(p, move |p, hands| {
+        let space = p.ground.space;
+        while theirs.load(Ordering::SeqCst) != 0 {
+            if !space.next_job(&space.world.read(), hands) {
+                thread::yield_now();
+            }
+        }
+    });
+    let client = |f: Client| {
+        let left = left.clone();
+        task(p, move |p, hands| {
+            f(p, hands);
+            left.fetch_sub(1, Ordering::SeqCst);
+        })
+    };
+    [worker].into_iter().chain(clients.into_iter().map(client)).collect()
+}
+
+type Client = Box<dyn FnOnce(&Program, &mut Hands) + Send>;
+
+impl Program {
+    fn migrate(&self, to: Target) -> MigrateReport {
+        self.ground.space.migrate(self.addr(0)..self.addr(PAGES), to).unwrap()
+    }
+}
+
+/// A page that is pinned is there, and where it was, whoever evicts or migrates.
+#[test]
+fn what_is_pinned_stays() {
+    model(|p| {
+        let pins = |p: &Program, hands: &mut Hands| {
+            let space = p.ground.space;
+            for n in 0..2 {
+                let pin = space.pin(p.addr(0)..p.addr(2), Pin::Short, n == 1).unwrap();
+                for i in 0..3 {
+                    point::point();
+                    assert!(p.is_there(0) && p.is_there(1), "a pinned page has left");
+                    p.write(n, 60 + 10 * n as u64 + i, hands);
+                }
+                drop(pin);
+            }
+            assert_eq!(space.pinned(), 0);
+        };
+        let evicts = |p: &Program, hands: &mut Hands| (0..2).for_each(|_| p.push_out(hands));
+        let migrates = |p: &Program, _: &mut Hands| {
+            let report = p.migrate(Target::Device(0));
+            let why = |(_, why): (usize, Refusal)| matches!(why, Refusal::Pinned | Refusal::Busy);
+            assert!(report.refused().all(why), "{report:?}");
+            p.migrate(Target::System);
+            p.migrate(Target::Device(0));
+        };
+        with_worker(p, vec![Box::new(pins), Box::new(evicts), Box::new(migrates)])
+    });
+}
+
+/// Two pins of the same page, which end in any order, while it is evicted and migrated.
+#[test]
+fn a_page_stays_until_its_last_pin_ends() {
+    model(|p| {
+        let pins = |stamp: u64| {
+            move |p: &Program, hands: &mut Hands| {
+                let pin = p.ground.space.pin(p.addr(1)..p.addr(2), Pin::LongTerm, false).unwrap();
+                for i in 0..3 {
+                    point::point();
+                    assert!(p.is_there(1), "a pinned page has left");
+                    p.read(1, hands);
+                    p.write(2, stamp + i, hands);
+                }
+                drop(pin);
+            }
+        };
+        let moves = |p: &Program, hands: &mut Hands| {
+            p.push_out(hands);
+            p.migrate(Target::Device(0));
+        };
+        with_worker(p, vec![Box::new(pins(80)), Box::new(pins(90)), Box::new(moves)])
+    });
+}
+
+/// Migrations to a device and back, in the middle of evictions, writes and forks.
+#[test]
+fn migrations_while_pages_move() {
+    model(|p| {
+        let migrates = |p: &Program, _: &mut Hands| {
+            p.migrate(Target::Device(0));
+            p.migrate(Target::System);
+        };
+        let writes = |p: &Program, hands: &mut Hands| {
+            (0..3).for_each(|n| p.write(n % 2, 100 + n as u64, hands));
+            p.fork();
+        };
+        let evicts = |p: &Program, hands: &mut Hands| (0..2).for_each(|_| p.push_out(hands));
+        with_worker(p, vec![Box::new(migrates), Box::new(writes), Box::new(evicts)])
     });
 }
 

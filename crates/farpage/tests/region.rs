@@ -1,5 +1,8 @@
 //! Regions in a running space: larger than DRAM, in threads, growing, in several domains, with a device that fails.
 
+mod audited;
+
+use std::ops::Deref;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use farpage::device::{Device, DeviceError, LoadOp, StoreOp, Sum, Usage};
@@ -12,12 +15,33 @@ fn domain() -> Builder {
     Domain::builder().dram("8M").device("ram:64M")
 }
 
+/// A space whose domain is audited when the test is done with it.
+struct Audited(Running);
+
+impl Deref for Audited {
+    type Target = Running;
+    fn deref(&self) -> &Running {
+        &self.0
+    }
+}
+
+impl Drop for Audited {
+    fn drop(&mut self) {
+        // (In a forked child the space is the parent's.)
+        if !std::thread::panicking() && self.is_mine() {
+            audited::assert_audit(&self.domain);
+        }
+    }
+}
+
+fn start(builder: Builder, inline: bool) -> Audited {
+    let domain = builder.build().unwrap();
+    Audited(if inline { domain.start_inline() } else { domain.start() }.unwrap())
+}
+
 /// Both ways of resolving faults, in turn.
-fn spaces(builder: fn() -> Builder) -> impl Iterator<Item = Running> {
-    (0..2).map(move |i| {
-        let domain = builder().build().unwrap();
-        if i == 0 { domain.start() } else { domain.start_inline() }.unwrap()
-    })
+fn spaces(builder: fn() -> Builder) -> impl Iterator<Item = Audited> {
+    [false, true].into_iter().map(move |inline| start(builder(), inline))
 }
 
 fn mix(i: usize) -> u64 {
@@ -93,7 +117,7 @@ fn a_region_grows_and_shrinks() {
 #[test]
 fn several_domains_live_side_by_side_and_end() {
     for _ in 0..8 {
-        let spaces: Vec<Running> = spaces(domain).chain(spaces(domain)).collect();
+        let spaces: Vec<Audited> = spaces(domain).chain(spaces(domain)).collect();
         let mut regions: Vec<_> = spaces.iter().map(|s| s.region::<u64>(2 * MIB).unwrap()).collect();
         regions.iter_mut().for_each(|r| fill(r));
         drop(spaces);
@@ -176,8 +200,7 @@ fn a_device_of_ones_own() {
         loads: AtomicU32::new(0),
     };
     for inline in [false, true] {
-        let domain = Domain::builder().dram("8M").own_device(shelf()).build().unwrap();
-        let space = if inline { domain.start_inline() } else { domain.start() }.unwrap();
+        let space = start(Domain::builder().dram("8M").own_device(shelf()), inline);
         let mut region = space.region::<u64>(4 * MIB).unwrap();
         fill(&mut region);
         check(&region);
@@ -215,7 +238,7 @@ fn an_unprivileged_process_has_inline_regions() {
     use std::os::unix::process::CommandExt;
     const MARK: &str = "FARPAGE_TEST_UNPRIVILEGED";
     if std::env::var_os(MARK).is_some() {
-        let space = domain().build().unwrap().start_inline().unwrap();
+        let space = start(domain(), true);
         let mut region = space.region::<u64>(4 * MIB).unwrap();
         fill(&mut region);
         check(&region);
@@ -283,7 +306,7 @@ fn what_is_pinned_can_be_given_to_system_calls() {
 /// Without a pin, a system call of an inline space is told EFAULT: never other bytes.
 #[test]
 fn an_inline_page_that_is_away_is_efault_for_a_system_call() {
-    let space = domain().build().unwrap().start_inline().unwrap();
+    let space = start(domain(), true);
     let mut region = space.region::<u8>(MIB).unwrap();
     region.fill(7);
     assert!(space.migrate(region.pages(..), farpage::Target::Device(0)).unwrap().moved() > 0);

@@ -35,7 +35,7 @@ fn kernel() -> Check {
 fn userfaultfd() -> Vec<Check> {
     const NAMES: [&str; 4] = ["userfaultfd", "events", "UFFDIO_MOVE", "UFFDIO_POISON"];
     let access = match probe::open() {
-        Ok((access, _)) => access,
+        Ok(access) => access,
         Err(e) => {
             let mut checks = vec![Check::failure(NAMES[0], &e.to_string())];
             let untried = "not tried: needs userfaultfd first";

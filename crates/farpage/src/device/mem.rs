@@ -215,6 +215,14 @@ impl Device for Mem {
         self.give_back(first, end)
     }
 
+    fn remove(&self, _owner: Owner) -> Result<(), rustix::io::Errno> {
+        // The last chunk may be a part of one.
+        self.data.give_back(0, self.data.len())?;
+        self.there.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        self.counters[1].store(0, Ordering::Relaxed);
+        Ok(())
+    }
+
     fn usage(&self) -> Usage {
         let counter = |i: usize| self.counters[i].load(Ordering::Relaxed);
         Usage {

@@ -1,13 +1,13 @@
 //! Back to DRAM: the way of a fault, for many pages at once.
 
-use super::{Outcome, Refusal};
+use super::{Outcome, Refusal, WINDOW};
 use crate::PAGE_SIZE;
 use crate::domain::entry::Entry;
 use crate::fault::resolve::{self, Why};
 use crate::reclaim::Hands;
-use crate::space::bits::runs;
+use crate::space::bits::{mask, runs};
 use crate::space::ops::window;
-use crate::space::range::{GRANULE, Range, flag};
+use crate::space::range::{GRANULE, Range, STRETCH, Stretch, flag};
 use crate::space::{Space, World};
 
 /// How often a pending announcement is read before a page is left where it is.
@@ -28,6 +28,7 @@ impl Space {
             pages[(at - s) / PAGE_SIZE..][..n].fill(outcome);
         };
         let stretch = range.stretch(s, e);
+        let whole = if e - s == WINDOW { self.put_back_huge(world, &stretch) } else { 0 };
         for found in stretch.iter() {
             let (from, to) = (found.start.max(s), found.end.min(e));
             set(from, (to - from) / PAGE_SIZE, Outcome::There);
@@ -47,6 +48,7 @@ impl Space {
                 }
             }
         }
+        set(s, whole, Outcome::Moved);
         let entry = |at: usize| {
             let found = range.granule(at);
             if found.granule.has(flag::ENTRIES) { self.entries.get(at) } else { Entry::Kernel }
@@ -101,5 +103,33 @@ impl Space {
             set(at, 1, refusal.map_or(Outcome::Moved, Outcome::Refused));
             at += PAGE_SIZE;
         }
+    }
+
+    /// Moves a window that is staged as a whole, as it lay, back with one call: if it is a huge page it stays one. Returns how
+    /// many pages, from the start, are back.
+    fn put_back_huge(&self, world: &World, stretch: &Stretch<'_>) -> usize {
+        let _guards = stretch.lock();
+        let (start, end) = (stretch[0].start, stretch[stretch.len() - 1].end);
+        let Some(first) = stretch[0].granule.slot() else { return 0 };
+        let slots = (first..).zip(stretch.iter());
+        let as_it_lay = stretch.len() == STRETCH
+            && self.slots.addr(first, 0).is_multiple_of(WINDOW)
+            && slots.clone().all(|(slot, f)| {
+                f.granule.slot() == Some(slot) && self.slots.staged(slot) == mask(0, GRANULE / PAGE_SIZE)
+            });
+        if !as_it_lay || self.in_flux(start, end) {
+            return 0;
+        }
+        // What stops it is the business of who takes them one by one.
+        let (done, _) = world.move_pages(&world.uffd, start, self.slots.addr(first, 0), end - start, false);
+        for (slot, found) in slots {
+            let back = done.saturating_sub(found.start - start).min(GRANULE) / PAGE_SIZE;
+            if back != 0 {
+                self.slots.set_staged(slot, self.slots.staged(slot) & !mask(0, back));
+                found.granule.set(flag::REQUEUE);
+            }
+        }
+        self.touched(start, start + done);
+        done / PAGE_SIZE
     }
 }

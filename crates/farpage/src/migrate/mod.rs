@@ -25,6 +25,7 @@ mod compact;
 mod huge;
 mod jobs;
 mod out;
+mod remove;
 
 pub use access::AccessError;
 pub use compact::Compacted;

@@ -110,6 +110,18 @@ impl Pagemap {
         }
     }
 
+    /// In a forked child, before it holds anything: a thread of the parent may have been making or dropping a hold, and the
+    /// lock that orders those threads would stay taken here. The holds are the parent's ([`Hold`]). (Of a space's domain,
+    /// [`crate::space::Space::after_fork_in_child`] sees to it.)
+    ///
+    /// # Safety
+    /// The caller is the only thread of the process.
+    #[allow(unsafe_code, reason = "the contract of the lock")]
+    pub unsafe fn after_fork_in_child(&self) {
+        // SAFETY: the caller's contract; no guard outlives the calls here.
+        unsafe { self.holding.renew(()) }
+    }
+
     /// Cleans up after a dead process in memory that page entries do not name: its transfers, what it held, what it
     /// had half changed. Before its slot is another's. `owner` is the caller.
     pub fn reap(&self, dead: Owner, owner: Owner) {

@@ -58,6 +58,19 @@ impl Default for Exclusives {
     }
 }
 
+impl Exclusives {
+    /// In a forked child: the fork has ended all, and a thread of the parent may have been looking.
+    ///
+    /// # Safety
+    /// The caller is the only thread of the process.
+    #[allow(unsafe_code, reason = "the contract of the lock")]
+    pub unsafe fn renew(&self) {
+        // SAFETY: the caller's contract.
+        unsafe { self.list.renew(Vec::new()) }
+        self.live.store(0, Ordering::SeqCst);
+    }
+}
+
 /// Why exclusive pages could not be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ExclusiveError {

@@ -146,6 +146,8 @@ impl Space {
             self.ahead.renew(VecDeque::new());
             self.outgoing.renew(VecDeque::new());
             self.flux.renew(super::behind::Flux::of_child());
+            self.exclusives.renew();
+            self.domain.pagemaps.iter().for_each(|map| map.after_fork_in_child());
         }
         self.mark.set();
         self.leaving.store(0, Ordering::SeqCst);

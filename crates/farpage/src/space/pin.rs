@@ -310,6 +310,7 @@ impl Space {
             // (A granule at a range's edge is whole only if its place is; see `Granule::pinned`.)
             let pages = mask(s % GRANULE / PAGE_SIZE, (e - s) / PAGE_SIZE);
             let pins = found.granule.pins();
+            crate::sys::point::point();
             pins.add(pages);
             pinned.granules.push((pins.clone(), pages));
             at = e;

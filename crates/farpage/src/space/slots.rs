@@ -243,6 +243,10 @@ impl Slots {
                     l.empty.set(slot, false);
                     l.meta[slot].state = State::Settling;
                 }
+                drop(l);
+                // They are empty; but what was here in small pages has left their page table behind, and over one no huge page
+                // can be moved. The kernel frees it (since 6.14, on x86-64) when the whole of its range is dropped.
+                crate::sys::drop_pages(self.addr(first as u32, 0), STRETCH * GRANULE);
                 return Some((first as u32, STRETCH));
             }
         }

@@ -103,6 +103,19 @@ pub enum Stop {
 }
 
 impl Stop {
+    /// The errno, or the first of those that mean the same.
+    pub fn errno(self) -> rustix::io::Errno {
+        rustix::io::Errno::from_raw_os_error(match self {
+            Stop::Again => libc::EAGAIN,
+            Stop::Exists => libc::EEXIST,
+            Stop::Gone => libc::ENOENT,
+            Stop::Busy => libc::EBUSY,
+            Stop::Invalid => libc::EINVAL,
+            Stop::NoMemory => libc::ENOMEM,
+            Stop::Other(e) => e,
+        })
+    }
+
     fn from_errno(e: i32) -> Self {
         match e {
             libc::EAGAIN => Stop::Again,
@@ -155,6 +168,18 @@ pub enum Msg {
     Unknown(u8),
 }
 
+/// How a userfaultfd can be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// By the system call.
+    Syscall,
+    /// From [`DEVICE`].
+    Device,
+}
+
+/// Gives userfaultfds to whoever may open it.
+pub const DEVICE: &str = "/dev/userfaultfd";
+
 /// A userfaultfd of this process.
 #[derive(Debug)]
 pub struct Uffd {
@@ -174,7 +199,19 @@ impl Uffd {
     /// The errno of the last attempt: EPERM/EACCES (no permission), ENOSYS (not built in), EINVAL (a
     /// feature is missing).
     pub fn open(features: u64) -> rustix::io::Result<Self> {
-        Self::with_api(Self::any_mode()?, features)
+        Self::with_api(Self::any_mode()?, features).map(|(uffd, _)| uffd)
+    }
+
+    /// As [`Self::open`], in this way and no other. Also tells which features the kernel knows.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; and those of opening the device.
+    pub fn open_by(access: Access, features: u64) -> rustix::io::Result<(Self, u64)> {
+        let fd = match access {
+            Access::Syscall => Self::from_syscall(0),
+            Access::Device => Self::from_device(),
+        };
+        Self::with_api(fd?, features)
     }
 
     /// As [`Self::open`], for faults of user mode only where no more is permitted: any process may have that. For those who
@@ -187,18 +224,18 @@ impl Uffd {
             Ok(fd) => fd,
             Err(_) => Self::from_syscall(USER_MODE_ONLY)?,
         };
-        Self::with_api(fd, features | self::features::SIGBUS)
+        Self::with_api(fd, features | self::features::SIGBUS).map(|(uffd, _)| uffd)
     }
 
     fn any_mode() -> rustix::io::Result<OwnedFd> {
         Self::from_syscall(0).or_else(|e| Self::from_device().map_err(|_| e))
     }
 
-    fn with_api(fd: OwnedFd, features: u64) -> rustix::io::Result<Self> {
+    fn with_api(fd: OwnedFd, features: u64) -> rustix::io::Result<(Self, u64)> {
         let mut api = Api { api: 0xAA, features, ioctls: 0 };
         // SAFETY: the structure is the one this ioctl takes and lives across the call.
         unsafe { ioctl(fd.as_raw_fd(), UFFDIO_API, &mut api)? };
-        Ok(Self { fd })
+        Ok((Self { fd }, api.features))
     }
 
     fn from_syscall(flags: libc::c_int) -> rustix::io::Result<OwnedFd> {
@@ -211,7 +248,7 @@ impl Uffd {
 
     fn from_device() -> rustix::io::Result<OwnedFd> {
         use rustix::fs::{Mode, OFlags};
-        let dev = rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+        let dev = rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         // SAFETY: this ioctl takes flags by value and returns a new descriptor that nobody else owns.
         unsafe {
             let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as usize;
@@ -359,4 +396,26 @@ fn last_errno() -> rustix::io::Errno {
 unsafe fn ioctl<T>(fd: RawFd, op: u64, arg: &mut T) -> rustix::io::Result<()> {
     // SAFETY: the caller's contract.
     unsafe { super::ioctl::ioctl(fd, op, std::ptr::from_mut(arg) as usize).map(|_| ()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_request_numbers_are_the_kernels() {
+        assert_eq!((UFFDIO_API, UFFDIO_REGISTER), (0xc018_aa3f, 0xc020_aa00));
+        assert_eq!((UFFDIO_UNREGISTER, UFFDIO_WAKE), (0x8010_aa01, 0x8010_aa02));
+        assert_eq!((UFFDIO_COPY, UFFDIO_MOVE), (0xc028_aa03, 0xc028_aa05));
+        assert_eq!((UFFDIO_WRITEPROTECT, UFFDIO_POISON), (0xc018_aa06, 0xc020_aa08));
+    }
+
+    #[test]
+    fn stops_are_errnos() {
+        for e in
+            [libc::EAGAIN, libc::EEXIST, libc::ENOENT, libc::EBUSY, libc::EINVAL, libc::ENOMEM, libc::EPERM]
+        {
+            assert_eq!(Stop::from_errno(e).errno().raw_os_error(), e);
+        }
+    }
 }

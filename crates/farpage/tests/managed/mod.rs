@@ -1,6 +1,9 @@
 //! A managed address space for a test: its own domain, its own threads.
 #![allow(dead_code)] // each test binary uses some of it
 
+#[path = "../audited/mod.rs"]
+mod audited;
+
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -60,6 +63,17 @@ impl Managed {
         self.space.domain.pagemap(dev).frames.used()
     }
 
+    /// Gives back what processes held that have ended.
+    pub fn reap(&self) -> usize {
+        self.launcher.lock().unwrap().reap()
+    }
+
+    /// See [`audited::assert_audit`].
+    pub fn assert_audit(&self) {
+        self.reap();
+        audited::assert_audit(&self.space.domain);
+    }
+
     /// Every frame of every device is free, once the processes that have ended are seen to.
     pub fn assert_all_free(&self) {
         for _ in 0..100 {
@@ -98,6 +112,15 @@ impl Managed {
                 assert!(pid > 0);
                 pid
             }
+        }
+    }
+}
+
+/// Every test ends with an audit of its domain.
+impl Drop for Managed {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.assert_audit();
         }
     }
 }
