@@ -44,8 +44,8 @@ pub(crate) enum Why {
     Migrate,
 }
 
-/// The most that is left to the kernel at once.
-const MAX_GRANT: usize = 16 << 20;
+/// The most that is left to the kernel at once. Not less: each grant takes 4 ms, which a program that allocates waits for.
+const MAX_GRANT: usize = 64 << 20;
 
 impl Space {
     /// Resolves a fault, or puts it aside (`None`). Wakes the thread last, with no lock held: it may preempt us there.
@@ -150,7 +150,7 @@ impl Space {
             return found.granule.has(flag::GRANTED);
         }
         let free = self.domain.budget().saturating_sub(self.domain.charged()) as usize * PAGE_SIZE;
-        let want = (free / 16).min(MAX_GRANT);
+        let want = (free / 4).min(MAX_GRANT);
         if want < GRANULE {
             return false;
         }
