@@ -11,7 +11,7 @@ use crate::domain::entry::Entry;
 use crate::frame::Pfn;
 use crate::reclaim::Hands;
 use crate::space::puts::Puts;
-use crate::space::range::{Found, flag};
+use crate::space::range::Found;
 use crate::space::{Space, World};
 
 /// Frames of a huge page: what a device is compacted to multiples of.
@@ -73,14 +73,7 @@ impl Space {
 
     /// One granule's part. True: that was the last.
     fn compact_next(&self, world: &World, hands: &mut Hands, p: &mut Progress) -> bool {
-        let Some(found) = world
-            .ranges
-            .granules(p.at, crate::domain::ADDRESS_LIMIT)
-            .map(|(found, ..)| found)
-            .find(|f| f.granule.has(flag::ENTRIES))
-        else {
-            return true;
-        };
+        let Some(found) = world.ranges.with_entries_from(p.at) else { return true };
         p.at = found.end;
         self.compact_granule(&found, hands, p);
         false

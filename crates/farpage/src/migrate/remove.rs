@@ -9,7 +9,7 @@ use crate::domain::entry::Entry;
 use crate::pagemap::{NotLive, Pagemap, UnregisterError};
 use crate::reclaim::Hands;
 use crate::space::puts::Puts;
-use crate::space::range::{Found, GRANULE_PAGES, flag};
+use crate::space::range::{Found, GRANULE_PAGES};
 use crate::space::{Space, World};
 
 /// One pass over all that this process has on a device.
@@ -57,14 +57,7 @@ impl Space {
 
     /// One granule's part. True: that was the last.
     fn leave_next(&self, world: &World, hands: &mut Hands, p: &mut Leaving) -> bool {
-        let Some(found) = world
-            .ranges
-            .granules(p.at, crate::domain::ADDRESS_LIMIT)
-            .map(|(found, ..)| found)
-            .find(|f| f.granule.has(flag::ENTRIES))
-        else {
-            return true;
-        };
+        let Some(found) = world.ranges.with_entries_from(p.at) else { return true };
         p.at = found.end;
         self.drop_copies_on(&found, p.dev);
         let me = self.me();

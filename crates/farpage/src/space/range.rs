@@ -253,6 +253,12 @@ impl Ranges {
         })
     }
 
+    /// The first granule from `addr` on of which some page entry may be other than *kernel*.
+    pub fn with_entries_from(&self, addr: usize) -> Option<Found<'_>> {
+        let mut all = self.granules(addr, crate::domain::ADDRESS_LIMIT).map(|(found, ..)| found);
+        all.find(|f| f.granule.has(flag::ENTRIES))
+    }
+
     /// All of them.
     pub fn iter(&self) -> impl Iterator<Item = &Range> {
         self.map.values()
