@@ -3,6 +3,7 @@
 //! All calls go to the kernel directly (no libc wrapper in between): the injected library replaces those
 //! wrappers, and the manager's own mappings must not come back to it.
 
+pub mod dax;
 mod futex;
 pub(crate) mod in_place;
 mod ioctl;
