@@ -10,6 +10,8 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 /// `linux/stat.h`.
 const STATX_ATTR_DAX: u64 = 0x0020_0000;
+/// `fcntl.h`.
+const F_SETSIG: libc::c_int = 10;
 /// The largest file handle (`linux/exportfs.h`: MAX_HANDLE_SZ).
 const HANDLE: usize = 128;
 
@@ -179,6 +181,13 @@ pub fn sync_mapping(addr: usize, len: usize) -> Result<(), Errno> {
     unsafe { rustix::mm::msync(addr as *mut _, len, rustix::mm::MsyncFlags::SYNC) }
 }
 
+/// A descriptor by its number, for a look (`fstat`) in a signal handler; negative: none.
+pub fn borrowed(fd: i32) -> Option<BorrowedFd<'static>> {
+    // SAFETY: it is only looked through, and a look through a number that is another file's by now gives an answer that
+    // the caller must expect.
+    (fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(fd) })
+}
+
 /// What a lease is on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lease {
@@ -199,7 +208,7 @@ pub fn set_lease(fd: BorrowedFd<'_>, lease: Lease) -> Result<(), Errno> {
     };
     // SAFETY: both calls take numbers only. The default signal, SIGIO, would end the process.
     let r = unsafe {
-        libc::fcntl(fd.as_raw_fd(), libc::F_SETSIG, libc::SIGURG);
+        libc::fcntl(fd.as_raw_fd(), F_SETSIG, libc::SIGURG);
         libc::fcntl(fd.as_raw_fd(), libc::F_SETLEASE, kind)
     };
     if r == 0 { Ok(()) } else { Err(last_error()) }

@@ -37,8 +37,8 @@ pub use memory::{
 pub use mutex::{Mutex, MutexGuard};
 pub use pagemap_scan::{Kind, PageScan};
 pub use process::{
-    BlockedSignals, bind, cpu_of, fatal, gettid, hold_for_life, keep_off, keep_only, run_delay_ns, say,
-    set_idle_policy,
+    BlockedSignals, bind, cpu_of, end_life, fatal, gettid, hold_for_life, keep_off, keep_only, run_delay_ns,
+    say, set_idle_policy,
 };
 pub use ring::{Ring, Transfer};
 pub use rwlock::{Read, RwLock, Write};
