@@ -423,11 +423,13 @@ mod tests {
 
     #[test]
     fn what_is_left_of_a_range() {
-        let left = |others: &[Range<Pfn>]| without(10..20, others.iter().cloned());
-        assert_eq!(left(&[]), [10..20]);
-        assert_eq!(left(&[0..10, 20..30]), [10..20]);
-        assert_eq!(left(&[15..40, 0..12]), [12..15]);
-        assert_eq!(left(&[12..13, 11..14, 18..19]), [10..11, 14..18, 19..20]);
+        let left = |others: &[Range<Pfn>]| -> Vec<(Pfn, Pfn)> {
+            without(10..20, others.iter().cloned()).into_iter().map(|r| (r.start, r.end)).collect()
+        };
+        assert_eq!(left(&[]), [(10, 20)]);
+        assert_eq!(left(&[0..10, 20..30]), [(10, 20)]);
+        assert_eq!(left(&[15..40, 0..12]), [(12, 15)]);
+        assert_eq!(left(&[12..13, 11..14, 18..19]), [(10, 11), (14, 18), (19, 20)]);
         assert_eq!(left(&[0..15, 15..u32::MAX]), []);
     }
 
