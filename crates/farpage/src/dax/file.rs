@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
+use super::change::after;
 use super::cuts::{Cut, Phase};
 use super::error::{DaxError, TableError};
 use super::lease::PinLease;
@@ -96,6 +97,9 @@ impl Inner {
             closed: AtomicBool::new(false),
             revoked: AtomicU64::new(0),
         });
+        if inner.options.lease {
+            crate::sys::dax::mind_no_lease_break(inner.fd.as_fd());
+        }
         let mut files = inner.table.files.lock();
         files.retain(|file| file.strong_count() > 0);
         files.push(Arc::downgrade(&inner));
@@ -459,7 +463,7 @@ impl DaxFile {
     pub fn close(self, wait: &Wait<'_>) -> Result<(), CloseError> {
         let inner = &self.0;
         inner.closed.store(true, Ordering::Release);
-        let deadline = Instant::now() + wait.timeout;
+        let deadline = after(Instant::now(), wait.timeout);
         loop {
             let event = inner.table.event();
             if inner.holds.load(Ordering::Acquire) == 0 {
