@@ -1,6 +1,6 @@
 //! Changes that take pages out of a file: break layout, in user space and for the affected range only.
 //!
-//! 1. A [cut](super::cuts) is entered: nobody takes a new reference to a page of the range, in no process.
+//! 1. A [cut](crate::frame::cuts) is entered: nobody takes a new reference to a page of the range, in no process.
 //! 2. Pins are waited for. Mappings stay as they are meanwhile.
 //! 3. Mappings are given up, by the agent of each process.
 //! 4. Every count of the range is 0. Then, and only then, the file is changed.
@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::FallocateFlags;
 
-use super::cuts::Cut;
 use super::error::DaxError;
 use super::file::{DaxFile, Inner};
 use super::users::bytes;
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
+use crate::frame::cuts::Cut;
 
 /// A change that takes pages out of a file; offsets and lengths in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -11,7 +11,6 @@ use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use super::change::after;
-use super::cuts::{Cut, Phase};
 use super::error::{DaxError, TableError};
 use super::lease::PinLease;
 use super::mapping::DaxMapping;
@@ -22,6 +21,7 @@ use super::users::{Difference, User, bytes};
 use super::{Change, Wait};
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
+use crate::frame::cuts::{Cut, Phase};
 use crate::frame::ledger::HolderKind;
 use crate::pagemap::{HoldError, Run};
 use crate::space::pin::Pin;

@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::change::after;
-use super::cuts::{Cut, Phase};
 use super::error::DaxError;
 use super::file::{Access, Inner};
 use super::pin::DaxPin;
@@ -17,6 +16,7 @@ use super::touch::{self, Watch, Watched};
 use super::users::bytes;
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
+use crate::frame::cuts::{Cut, Phase};
 use crate::frame::ledger::HolderKind;
 use crate::pagemap::Run;
 use crate::space::pin::Pin;

@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::cuts::{CUTS, Cuts};
 use super::error::TableError;
 use super::file::Inner;
 use super::heads::{Head, OwnHead};
 use super::mapping::Mapped;
 use crate::PAGE_SIZE;
+use crate::frame::cuts::{CUTS, Cuts};
 use crate::frame::{MAX_OWNER, Owner, Pfn};
 use crate::pagemap::{DriverId, MemoryType, Pagemap, PagemapOps, Registration};
 use crate::sys::{Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake};
