@@ -202,12 +202,11 @@ impl Inner {
     /// A pin for the length of a call.
     pub fn pin_bytes(self: &Arc<Self>, range: &Range<u64>) -> Result<DaxPin, DaxError> {
         let pages = self.pages_of(range);
-        // Beyond the end of the file: what was there has been cut off.
-        let pages = pages.map_err(|e| match e {
+        // Beyond the end of the file, now or when the pages are pinned: what was there has been cut off.
+        pages.and_then(|pages| DaxPin::new(self, pages, Pin::Short)).map_err(|e| match e {
             DaxError::Range { .. } => DaxError::Cut { path: self.path.clone(), range: range.clone() },
             e => e,
-        })?;
-        DaxPin::new(self, pages, Pin::Short)
+        })
     }
 
     pub fn read_at(&self, buf: &mut [u8], at: u64) -> Result<usize, DaxError> {
