@@ -59,17 +59,16 @@ fn packages(apt: &Apt) -> Result<BTreeSet<String>, VmError> {
     Ok(found)
 }
 
-/// The kernel below `root`.
+/// The kernel below `root`. Older packages keep it in `boot`, newer ones beside its modules.
 fn find(root: &Path) -> Result<Kernel, VmError> {
-    let boot = root.join("boot");
-    for entry in fs::read_dir(&boot).map_err(VmError::file(&boot))? {
-        let path = entry.map_err(VmError::file(&boot))?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let Some(version) = name.strip_prefix("vmlinuz-") else { continue };
-        for folder in ["lib/modules", "usr/lib/modules"] {
-            let modules = root.join(folder).join(version);
-            if modules.is_dir() {
-                return Ok(Kernel { image: path, modules, version: version.to_owned() });
+    for folder in ["lib/modules", "usr/lib/modules"] {
+        let Ok(versions) = fs::read_dir(root.join(folder)) else { continue };
+        for version in versions.flatten() {
+            let modules = version.path();
+            let version = version.file_name().to_string_lossy().into_owned();
+            let images = [root.join("boot").join(format!("vmlinuz-{version}")), modules.join("vmlinuz")];
+            if let Some(image) = images.into_iter().find(|image| image.is_file()) {
+                return Ok(Kernel { image, modules, version });
             }
         }
     }

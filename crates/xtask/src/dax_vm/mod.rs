@@ -18,6 +18,7 @@ mod suite;
 mod tools;
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -32,6 +33,9 @@ pub struct Args {
     /// Runs this scenario only; may be given more than once.
     #[arg(long, value_name = "NAME")]
     scenario: Vec<String>,
+    /// Runs these shell commands as a scenario of their own; the functions of the scenarios are at hand.
+    #[arg(long, value_name = "COMMANDS", conflicts_with = "scenario")]
+    run: Option<String>,
     /// Lists the scenarios.
     #[arg(long)]
     list: bool,
@@ -50,12 +54,12 @@ pub struct Args {
     /// How often the power is cut.
     #[arg(long, default_value_t = 2)]
     cuts: u32,
-    /// Seconds after which one run of the test program is killed.
-    #[arg(long, default_value_t = 150)]
-    limit: u32,
-    /// Seconds after which a machine is killed.
-    #[arg(long, default_value_t = 900)]
-    timeout: u64,
+    /// Seconds after which one run of the test program is killed [default: 120 and 10 times --seconds].
+    #[arg(long)]
+    limit: Option<u32>,
+    /// Seconds after which a machine is killed [default: 4 times --limit].
+    #[arg(long)]
+    timeout: Option<u32>,
 }
 
 /// Runs what `args` ask for.
@@ -67,7 +71,7 @@ pub fn run(args: &Args) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let began = Instant::now();
-    let scenarios = match chosen(&args.scenario) {
+    let scenarios = match chosen(args) {
         Ok(scenarios) => scenarios,
         Err(unknown) => {
             eprintln!("dax-vm: there is no scenario `{unknown}` (--list shows them)");
@@ -99,13 +103,17 @@ pub fn run(args: &Args) -> ExitCode {
     }
 }
 
-/// The scenarios of these names, or all; else the name that there is not.
-fn chosen(names: &[String]) -> Result<Vec<Scenario>, String> {
+/// The scenarios that are asked for, or all; else the name that there is not.
+fn chosen(args: &Args) -> Result<Vec<Scenario>, String> {
+    if let Some(commands) = args.run.clone() {
+        return Ok(vec![Scenario { name: "run", about: "", kind: Kind::Commands(commands) }]);
+    }
+    let names = &args.scenario;
     if let Some(unknown) = names.iter().find(|name| SCENARIOS.iter().all(|s| s.name != **name)) {
         return Err(unknown.clone());
     }
     let wanted = |s: &&Scenario| names.is_empty() || names.iter().any(|name| name == s.name);
-    Ok(SCENARIOS.iter().filter(wanted).copied().collect())
+    Ok(SCENARIOS.iter().filter(wanted).cloned().collect())
 }
 
 /// Tests; says with what machine, or nothing if there was only a shell.
@@ -114,12 +122,20 @@ fn test(args: &Args, scenarios: &[Scenario], results: &mut Results) -> Result<Op
         return Err(VmError::Missing("the bench is for Linux on x86-64".to_owned()));
     }
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/dax-vm");
+    fs::create_dir_all(&folder).map_err(VmError::file(&folder))?;
+    let folder = folder.canonicalize().map_err(VmError::file(&folder))?;
+    // Until this process ends: the images and the logs are one run's.
+    let lock = folder.join("lock");
+    let lock_file = fs::File::create(&lock).map_err(VmError::file(&lock))?;
+    if lock_file.try_lock().is_err() {
+        return Err(VmError::Wrong(format!("another run of the bench uses {}", folder.display())));
+    }
+    let qemu = machine::qemu()?;
+    fs::remove_dir_all(folder.join("logs")).or_else(not_there).map_err(VmError::file(&folder))?;
     for below in ["images", "logs", "boot"] {
         let below = folder.join(below);
         fs::create_dir_all(&below).map_err(VmError::file(&below))?;
     }
-    let folder = folder.canonicalize().map_err(VmError::file(&folder))?;
-    let qemu = machine::qemu()?;
     let bench = prepare(args, folder)?;
     let kernel = &bench.kernel.version;
     let machine = format!("kernel {kernel}, qemu {qemu}, {}", bench.accel.name());
@@ -131,8 +147,9 @@ fn test(args: &Args, scenarios: &[Scenario], results: &mut Results) -> Result<Op
     }
     let scripts: Vec<(String, String)> = scenarios
         .iter()
-        .filter_map(|s| match s.kind {
-            Kind::Script(script) => Some((s.name.to_owned(), script.to_owned())),
+        .filter_map(|s| match &s.kind {
+            Kind::Script(script) => Some((s.name.to_owned(), (*script).to_owned())),
+            Kind::Commands(commands) => Some((s.name.to_owned(), commands.clone())),
             Kind::PowerLoss => None,
         })
         .collect();
@@ -152,6 +169,10 @@ fn test(args: &Args, scenarios: &[Scenario], results: &mut Results) -> Result<Op
     Ok(Some(machine))
 }
 
+fn not_there(e: io::Error) -> io::Result<()> {
+    if e.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(e) }
+}
+
 /// Gets and builds everything that a machine needs.
 fn prepare(args: &Args, folder: PathBuf) -> Result<Bench, VmError> {
     let kernel = kernel::stock(&folder, args.kernel_from.as_deref())?;
@@ -163,8 +184,9 @@ fn prepare(args: &Args, folder: PathBuf) -> Result<Bench, VmError> {
     if !why.is_empty() {
         println!("software emulation: {why}");
     }
-    let timeout = Duration::from_secs(args.timeout);
-    Ok(Bench { folder, kernel, accel, system, seconds: args.seconds, limit: args.limit, timeout })
+    let limit = args.limit.unwrap_or_else(|| args.seconds.saturating_mul(10).saturating_add(120));
+    let timeout = Duration::from_secs(args.timeout.unwrap_or(limit.saturating_mul(4)).into());
+    Ok(Bench { folder, kernel, accel, system, seconds: args.seconds, limit, timeout })
 }
 
 /// The persistent memory, empty unless `kept` and there.

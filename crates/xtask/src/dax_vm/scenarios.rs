@@ -7,7 +7,7 @@ use std::path::Path;
 const MIB: u64 = 1 << 20;
 
 /// Something that is tested.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Scenario {
     pub name: &'static str,
     /// One line for `--list`.
@@ -17,10 +17,12 @@ pub struct Scenario {
 }
 
 /// How a scenario is run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
     /// Commands for the shell of the virtual machine, with the functions of `init.sh`. All of these share one boot.
     Script(&'static str),
+    /// The same, as they were given on the command line.
+    Commands(String),
     /// Its own boots: one that is cut off, and one that looks what is left.
     PowerLoss,
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::error::{VmError, words};
+use super::error::{VmError, output, words};
 
 /// Its name, here and there.
 pub const NAME: &str = "farpage-dax-suite";
@@ -11,6 +11,11 @@ const PLATFORM: &str = "x86_64-unknown-linux-gnu";
 
 /// Builds the program below `target`; gives where it lies.
 pub fn build(target: &Path) -> Result<PathBuf, VmError> {
+    // The compiler gives the path of a file that it has, and else just the name.
+    let libc = output(Command::new("cc").arg("-print-file-name=libc.a")).unwrap_or_default();
+    if !Path::new(libc.trim()).is_absolute() {
+        return Err(VmError::Missing("no C compiler with a static C library (gcc, libc6-dev)".to_owned()));
+    }
     let folder = target.join("build");
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args(["build", "--quiet", "--release", "--package", "farpage-tests", "--bin", NAME]);
