@@ -63,13 +63,13 @@ pub fn system(kernel: &Kernel, tools: &Tools, suite: &Path) -> Result<Archive, V
 
 impl Bench {
     /// Boots, runs the plan, and adds what came out to `results`. `told` sees each line that starts with `::power`, and
-    /// may say when the machine is to be cut off.
+    /// may say when the machine is to be cut off. Gives how the machine ended.
     pub fn boot(
         &self,
         plan: &Plan<'_>,
         results: &mut Results,
         mut told: impl FnMut(&str) -> Option<Instant>,
-    ) -> Result<(), VmError> {
+    ) -> Result<End, VmError> {
         let began = Instant::now();
         let initramfs = self.initramfs(plan)?;
         let console = self.log(plan.name, "console");
@@ -100,7 +100,7 @@ impl Bench {
             boot.line(&line);
             None
         })?;
-        match end {
+        match &end {
             End::Cut => boot.cut(),
             End::TimedOut => boot.ended(&format!("killed after {} s", self.timeout.as_secs())),
             End::Off(status) if status.success() => boot.ended("the machine powered off"),
@@ -108,7 +108,7 @@ impl Bench {
         }
         self.look_at_console(plan, &console, results)?;
         println!("=== boot {}: {:.1} s", plan.name, began.elapsed().as_secs_f32());
-        Ok(())
+        Ok(end)
     }
 
     /// A kernel that complains is a failure, whatever the test program says.

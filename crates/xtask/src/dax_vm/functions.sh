@@ -8,7 +8,7 @@ suite=/bin/farpage-dax-suite
 
 # passed NAME; failed NAME WHY: a case of the scenario that is running.
 passed() { echo "ok $1"; }
-failed() { echo "FAILED $1: $(echo "$2" | tail -n 3 | tr '\n' ' ')"; }
+failed() { echo "FAILED $1: $(echo "${2:-it says nothing}" | tail -n 3 | tr '\n' ' ')"; }
 
 # try NAME COMMAND...: a case that passes if the command succeeds.
 try() {

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::bench::{Bench, Plan};
 use super::error::VmError;
+use super::machine::End;
 use super::results::{Outcome, Results, case};
 use super::scenarios::power_nvdimms;
 
@@ -39,17 +40,23 @@ pub fn run(bench: &Bench, cuts: u32, results: &mut Results) -> Result<(), VmErro
         }
         let plan = Plan { name: &format!("powerloss-{round}"), scripts, files, nvdimms: &nvdimms };
         let mut bad = Vec::new();
-        bench.boot(&plan, results, |line| {
+        let end = bench.boot(&plan, results, |line| {
             take(line, &mut flushed, &mut bad);
             // Both have to be in the middle of it.
             flushed.iter().all(|lines| !lines.is_empty()).then(|| Instant::now() + some_of(CUT_WITHIN))
         })?;
+        let name = format!("powerloss-write-{}", round + 1);
         for (fs, outcome) in bad {
-            results.add(&format!("powerloss-write-{}", round + 1), &fs, outcome);
+            results.add(&name, &fs, outcome);
         }
         if writes {
             let [ext4, xfs] = flushed.each_ref().map(Vec::len);
-            println!("   powerloss| power cut {}: {ext4} writes flushed on ext4, {xfs} on xfs", round + 1);
+            println!("   {name}| {ext4} times flushed on ext4, {xfs} times on xfs");
+            let outcome = match end {
+                End::Cut => Outcome::Passed,
+                end => Outcome::Failed(format!("the machine ended before: {end:?}")),
+            };
+            results.add(&name, "the power is cut while both file systems are written", outcome);
         }
     }
     Ok(())

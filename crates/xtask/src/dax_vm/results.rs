@@ -111,6 +111,9 @@ impl<'a> Boot<'a> {
                 } += 1;
             }
             self.results.add(&self.scenario, &name, outcome);
+        } else if line.starts_with("/init: ") {
+            // The shell cannot do what a script asks of it.
+            self.results.add(&self.scenario, "script", Outcome::Failed(line.to_owned()));
         } else {
             if let (Some(suite), true) = (&mut self.suite, line.starts_with("suite: ")) {
                 suite.totals = Some(line.to_owned());
@@ -218,6 +221,12 @@ mod tests {
             let (_, (_, failed, _)) = after(&format!("::begin a\n::suite\n{said}\n::end a\n::done"), &["a"]);
             assert_eq!(failed, 1, "{said}");
         }
+    }
+
+    #[test]
+    fn a_script_that_calls_what_there_is_not_has_failed() {
+        let (cases, _) = after("::begin a\n/init: line 3: mont: not found\n::end a\n::done\n", &["a"]);
+        assert_eq!(cases, ["FAILED a: script: /init: line 3: mont: not found"]);
     }
 
     #[test]
