@@ -114,44 +114,60 @@ fn check(dir: &Path, acked: &[u64], page_cache: bool) -> Outcome {
         say("nothing was said to be durable");
         return Ok(());
     };
+    let (checked, newest) = check_mapped(dir, last, page_cache)?;
+    // The log may have been emptied after the end of a round, and begun again.
+    let emptied = newest % ROOM == ROOM - 1 || newest / ROOM > last / ROOM;
+    let logged = if emptied { 0 } else { check_log(dir, last)? };
+    say(&format!("checked {checked} mapped and {logged} logged records, {last} was said, {newest} is there"));
+    Ok(())
+}
+
+/// How many records were looked at, and the newest one that is there, which may be newer than the last one that was heard of.
+fn check_mapped(dir: &Path, last: u64, page_cache: bool) -> Outcome<(u64, u64)> {
     let mapped = open(dir, "power-mapped", page_cache)?;
     ensure!(mapped.len()? == ROOM * PAGE, "the mapped file has {} bytes", mapped.len()?);
     let map = mapped.map(0..ROOM * PAGE)?;
-    let mut checked = 0;
+    let (mut checked, mut newest, mut torn) = (0, last, None);
     for page in 0..ROOM {
         let mut bytes = vec![0; PAGE as usize];
         map.read((page * PAGE) as usize, &mut bytes)?;
         // The last record that was to be written here, of those that were said.
-        let n = if page <= last % ROOM {
-            Some(last / ROOM * ROOM + page)
-        } else {
-            (last / ROOM).checked_sub(1).map(|g| g * ROOM + page)
-        };
-        let Some(n) = n else { continue };
-        // The one after the last may have been half written when the power went.
-        if page == (last + 1) % ROOM {
-            continue;
+        let round = if page <= last % ROOM { Some(last / ROOM) } else { (last / ROOM).checked_sub(1) };
+        let wanted = round.map(|round| round * ROOM + page);
+        match pages::look(&bytes) {
+            Ok(Held::Zeros) => ensure!(wanted.is_none(), "record {wanted:?} is not there"),
+            Ok(Held::Page(n, generation)) => {
+                ensure!((page, generation) == place_of(n), "page {page} holds record {n}, {generation}");
+                ensure!(wanted.is_none_or(|wanted| n >= wanted), "record {n} is there, {wanted:?} is not");
+                newest = newest.max(n);
+                checked += 1;
+            }
+            // The one that was being written when the power went.
+            Err(e) => {
+                ensure!(torn.is_none() && Some(last) != wanted, "page {page}, after page {torn:?}: {e}");
+                torn = Some(page);
+            }
         }
-        let (_, generation) = place_of(n);
-        let found = pages::look(&bytes)?;
-        ensure!(found == Held::Page(n, generation), "record {n} is {found:?}");
-        checked += 1;
     }
+    ensure!(
+        torn.is_none_or(|page| page == (newest + 1) % ROOM),
+        "page {torn:?} is wrong, the newest is {newest}"
+    );
+    Ok((checked, newest))
+}
+
+fn check_log(dir: &Path, last: u64) -> Outcome<u64> {
     let log = std::fs::read(dir.join("power-log"))?;
-    let mut at = 0;
-    let first = last / ROOM * ROOM;
-    // After the last record of a round the log may have been emptied, and begun again.
-    let emptied = last % ROOM == ROOM - 1;
+    let (first, mut at) = (last / ROOM * ROOM, 0);
     for n in first..=last {
         let (_, generation) = place_of(n);
         let right = &pages::fill(n, generation)[..record_len(n)];
-        if log.get(at..at + right.len()) != Some(right) {
-            ensure!(emptied, "record {n} is not in the log, which has {} bytes", log.len());
-            break;
-        }
+        ensure!(
+            log.get(at..at + right.len()) == Some(right),
+            "record {n} is not in the log at {at}, which has {} bytes",
+            log.len()
+        );
         at += right.len();
-        checked += 1;
     }
-    say(&format!("checked {checked} records, up to {last}"));
-    Ok(())
+    Ok(last - first + 1)
 }

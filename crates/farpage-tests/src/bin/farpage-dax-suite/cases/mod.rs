@@ -1,10 +1,14 @@
 //! The cases, by topic.
 
 mod data;
+mod forks;
 mod holders;
+mod io;
 mod killed;
+mod leases;
 mod open;
 mod races;
+mod space;
 
 use farpage_tests::Verdict;
 
@@ -31,7 +35,17 @@ pub fn skipped(why: impl Into<String>) -> Outcome<Verdict> {
     Ok(Verdict::Skipped(why.into()))
 }
 
-const USE: &[&[Case]] = &[open::CASES, data::CASES, holders::CASES, killed::CASES, races::CASES];
+const USE: &[&[Case]] = &[
+    open::CASES,
+    data::CASES,
+    holders::CASES,
+    io::CASES,
+    forks::CASES,
+    leases::CASES,
+    space::CASES,
+    killed::CASES,
+    races::CASES,
+];
 
 /// The cases for a file system of this kind.
 pub fn all(expect: Expect) -> impl Iterator<Item = &'static Case> {
