@@ -74,8 +74,8 @@ mod tests {
         assert_eq!(of(0..HUGE), [0]);
         assert_eq!(of(1..2 * HUGE + 5), [HUGE]);
         assert_eq!(of(0..3 * HUGE), [0, HUGE, 2 * HUGE]);
-        assert_eq!(of(1..2 * HUGE - 1), []);
-        assert_eq!(of(0..0), []);
+        assert!(of(1..2 * HUGE - 1).is_empty());
+        assert!(of(0..0).is_empty());
     }
 
     #[test]
