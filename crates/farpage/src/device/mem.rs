@@ -1,16 +1,28 @@
-//! `mem:SIZE`: pages as they are, in the domain's shared memory.
+//! Pages as they are, in memory: `mem:SIZE` in the domain's shared memory, and `generic:`, `coherent:` and `numa:` in memory of
+//! their own ([`super::memory`]).
 //!
 //! A store or a load is one copy, in batches, without a lock: a frame's bytes belong to whoever has allocated it, and
-//! nobody changes them afterwards. The device is the fast end of the scale (a stand-in for memory that is reached
+//! nobody changes them afterwards. `mem` is the fast end of the scale (a stand-in for memory that is reached
 //! by copying: a GPU's, a slower tier), and the reference for what a migration costs beside the copy itself.
 //!
 //! Memory is not checked by us but by the machine, so this device asks for no checksum and its loads are not
 //! verified ([`Device::is_memory`]). Where one is given all the same (faults are injected), it is kept and handed back.
+//!
+//! # Whose memory
+//!
+//! First touches are page faults, and a fault that finds no memory would be a SIGBUS. So a run of frames that is going to be
+//! stored gets its memory by a call that can fail. Only who has allocated a frame has its memory provided, and only who
+//! frees it, before it is free, gives it back: nobody else is at it then, so there is nothing to lock, and the notes of it are
+//! ordered as the bytes are, by the frame's count.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use arrayvec::ArrayVec;
+use rustix::io::Errno;
+
+use super::memory::{DeviceMemory, MemoryError, MemorySpec};
 use super::{Attach, Device, DeviceError, LoadOp, StoreOp, Sum, Usage};
-use crate::frame::{Owner, Pfn};
+use crate::frame::{BATCH, Owner, Pfn};
 use crate::size::format_size;
 use crate::sys::{SharedArea, Streaming};
 use crate::{PAGE_SIZE, Page};
@@ -20,20 +32,23 @@ pub const MIN_SIZE: u64 = 1 << 20;
 /// The largest, in bytes.
 pub const MAX_SIZE: u64 = 1 << 40;
 
-/// Pages that get memory from the kernel together: first touches are page faults, and a fault that finds no memory
-/// would be a SIGBUS; asking for it is an error that can be handled.
-const CHUNK_PAGES: usize = 64;
-const CHUNK: usize = CHUNK_PAGES * PAGE_SIZE;
+/// Pages that free frames of memory of its own keep, at least: handing memory back and taking it again costs more than a copy.
+const KEPT: u64 = 4096;
 
 /// Number of frames.
 pub fn frames(size: u64) -> u32 {
     u32::try_from(size / PAGE_SIZE as u64).unwrap_or(u32::MAX)
 }
 
-/// Bytes of shared memory.
+/// Bytes of shared memory, the pages among them.
 pub fn shared_len(size: u64) -> usize {
+    notes_len(size) + PAGE_SIZE + frames(size) as usize * PAGE_SIZE
+}
+
+/// Bytes of shared memory where the pages lie elsewhere.
+pub fn notes_len(size: u64) -> usize {
     let n = frames(size) as usize;
-    64 + (n * 12).next_multiple_of(64) + 2 * bits_len(n) + PAGE_SIZE + n * PAGE_SIZE
+    64 + (n * 12).next_multiple_of(64) + 2 * bits_len(n)
 }
 
 fn bits_len(frames: usize) -> usize {
@@ -45,67 +60,119 @@ pub struct Mem {
     name: String,
     size: u64,
     frames: u32,
-    /// Frames stored, chunks that have memory, the most of those.
+    /// Frames stored, frames that have memory, the most of those. Exact but for what dying processes leave too high.
     counters: &'static [AtomicU64],
     /// Three words a frame; zero = none was given.
     sums: &'static [AtomicU32],
     /// One bit a frame: it is stored.
     stored: &'static [AtomicU64],
-    /// One bit a chunk: the kernel has provided its memory.
+    /// One bit a frame: the kernel has provided its memory.
     there: &'static [AtomicU64],
     data: SharedArea,
+    /// What `data` is a mapping of, where that is not the domain's segment.
+    memory: Option<DeviceMemory>,
 }
 
 impl Mem {
-    /// The device over its shared area, which has the length that [`shared_len`] gave for `size`.
+    /// `mem` over its shared area, which has the length that [`shared_len`] gave for `size`.
     pub fn attach(size: u64, attach: &Attach) -> Self {
+        Self::over(format!("mem:{}", format_size(size)), size, attach.area, |rest| {
+            // Pages on pages. Every process maps the segment at a page boundary, so this is the same offset in all.
+            let pad = rest.addr().next_multiple_of(PAGE_SIZE) - rest.addr();
+            (rest.part(pad, frames(size) as usize * PAGE_SIZE), None)
+        })
+    }
+
+    /// Memory of its own at `attach.path`; the shared area has the length that [`notes_len`] gave for its size.
+    ///
+    /// # Errors
+    /// See [`MemoryError`].
+    pub fn attach_memory(spec: &MemorySpec, attach: &Attach) -> Result<Self, MemoryError> {
+        let memory = spec.attach(attach.path.as_deref().unwrap_or_default())?;
+        let area = memory.area().ok_or_else(|| MemoryError::NoSize(spec.to_string()))?;
+        let size = u64::from(memory.frames()) * PAGE_SIZE as u64;
+        Ok(Self::over(spec.to_string(), size, attach.area, |_| (area, Some(memory))))
+    }
+
+    fn over(
+        name: String,
+        size: u64,
+        area: SharedArea,
+        data: impl FnOnce(SharedArea) -> (SharedArea, Option<DeviceMemory>),
+    ) -> Self {
         let n = frames(size) as usize;
-        let (head, rest) = attach.area.split(64);
+        let (head, rest) = area.split(64);
         let (sums, rest) = rest.split(n * 12);
         let (stored, rest) = rest.split(bits_len(n));
         let (there, rest) = rest.split(bits_len(n));
-        // Pages on pages. Every process maps the segment at a page boundary, so this is the same offset in all.
-        let pad = rest.addr().next_multiple_of(PAGE_SIZE) - rest.addr();
+        let (data, memory) = data(rest);
         Self {
-            name: format!("mem:{}", format_size(size)),
+            name,
             size,
             frames: n as u32,
             counters: head.atomics64(),
             sums: sums.atomics32(),
             stored: stored.atomics64(),
             there: there.atomics64(),
-            data: rest.part(pad, n * PAGE_SIZE),
+            data,
+            memory,
         }
     }
 
-    /// Has the kernel provide the memory of the frame's chunk.
-    fn provide(&self, pfn: Pfn) -> Result<(), DeviceError> {
-        let chunk = pfn as usize / CHUNK_PAGES;
-        let (word, bit) = (&self.there[chunk / 64], 1 << (chunk % 64));
-        // Relaxed: the kernel's part is done or is done again; nothing else hangs on the bit.
-        if word.load(Ordering::Relaxed) & bit != 0 {
+    fn is_there(&self, pfn: Pfn) -> bool {
+        self.there[pfn as usize / 64].load(Ordering::Relaxed) & (1 << (pfn % 64)) != 0
+    }
+
+    /// Has the kernel provide the memory of a run of frames that are the caller's.
+    fn provide(&self, first: Pfn, n: usize) -> Result<(), DeviceError> {
+        let frames = first..first + n as Pfn;
+        let missing = frames.clone().filter(|&pfn| !self.is_there(pfn)).count() as u64;
+        if missing == 0 {
             return Ok(());
         }
-        let at = chunk * CHUNK;
-        self.data.populate(at, CHUNK.min(self.data.len() - at)).map_err(|_| DeviceError::Full)?;
-        if word.fetch_or(bit, Ordering::Relaxed) & bit == 0 {
-            let used = self.counters[1].fetch_add(1, Ordering::Relaxed) + 1;
-            self.counters[2].fetch_max(used, Ordering::Relaxed);
+        self.data.populate(first as usize * PAGE_SIZE, n * PAGE_SIZE).map_err(|errno| match errno {
+            Errno::HWPOISON => DeviceError::Io(errno.raw_os_error()),
+            _ => DeviceError::Full,
+        })?;
+        // Relaxed: the kernel's part is done; nothing else hangs on the bits. Counted first: who dies in between leaves
+        // the count too high, not below what there is.
+        let there = self.counters[1].fetch_add(missing, Ordering::Relaxed) + missing;
+        self.counters[2].fetch_max(there, Ordering::Relaxed);
+        for pfn in frames {
+            self.there[pfn as usize / 64].fetch_or(1 << (pfn % 64), Ordering::Relaxed);
         }
         Ok(())
     }
 
-    fn store_one(
-        &self,
-        pfn: Pfn,
-        page: &Page,
-        sum: Sum,
-        streaming: Option<&Streaming>,
-    ) -> Result<(), DeviceError> {
-        if pfn >= self.frames {
-            return Err(DeviceError::Io(libc::EINVAL));
+    /// The memory of these frames, which are the caller's, goes back, unless it is kept for those that come next.
+    fn let_go(&self, pfns: &[Pfn]) {
+        let counter = |i: usize| self.counters[i].load(Ordering::Relaxed);
+        let keeps = counter(1).saturating_sub(counter(0)) <= KEPT.max(counter(1) / 4);
+        for batch in pfns.chunks(BATCH) {
+            // (What was not stored was mapped, by somebody who did not tell us.)
+            let goes = |pfn: &Pfn| *pfn < self.frames && !(keeps && self.is_there(*pfn));
+            let mut going: ArrayVec<Pfn, BATCH> = batch.iter().copied().filter(goes).collect();
+            going.sort_unstable();
+            for run in going.chunk_by(|a, b| a + 1 == *b) {
+                self.give_back(run[0], run.len());
+            }
         }
-        self.provide(pfn)?;
+    }
+
+    /// Gives the memory of frames back, which nobody has; whether the kernel has taken it.
+    fn give_back(&self, first: Pfn, n: usize) -> bool {
+        let mut had = 0;
+        for pfn in first..first + n as Pfn {
+            let bit = 1 << (pfn % 64);
+            // Before the memory goes: who dies in between leaves memory that is not noted, and not the reverse.
+            had += u64::from(self.there[pfn as usize / 64].fetch_and(!bit, Ordering::Relaxed) & bit != 0);
+        }
+        let gone = self.data.give_back(first as usize * PAGE_SIZE, n * PAGE_SIZE).is_ok();
+        self.counters[1].fetch_sub(had, Ordering::Relaxed);
+        gone
+    }
+
+    fn store_one(&self, pfn: Pfn, page: &Page, sum: Sum, streaming: Option<&Streaming>) {
         match streaming {
             Some(streaming) => streaming.write(self.data, pfn as usize * PAGE_SIZE, page),
             None => self.data.write(pfn as usize * PAGE_SIZE, &page.0),
@@ -114,11 +181,10 @@ impl Mem {
             word.store(value, Ordering::Relaxed);
         }
         // Relaxed: publishing the frame in a page entry is what orders the bytes before their readers.
-        let bit = 1 << (pfn % 64);
-        if self.stored[pfn as usize / 64].fetch_or(bit, Ordering::Relaxed) & bit == 0 {
+        if !self.is_stored(pfn) {
             self.counters[0].fetch_add(1, Ordering::Relaxed);
+            self.stored[pfn as usize / 64].fetch_or(1 << (pfn % 64), Ordering::Relaxed);
         }
-        Ok(())
     }
 
     fn kept_sum(&self, pfn: Pfn) -> Sum {
@@ -127,26 +193,6 @@ impl Mem {
 
     fn is_stored(&self, pfn: Pfn) -> bool {
         pfn < self.frames && self.stored[pfn as usize / 64].load(Ordering::Relaxed) & (1 << (pfn % 64)) != 0
-    }
-
-    /// Gives memory of chunks without a stored frame back to the kernel; returns how many bytes. The caller sees to it
-    /// that no frame of `[first, end)` is allocated meanwhile.
-    fn give_back(&self, first: Pfn, end: Pfn) -> u64 {
-        let mut given = 0;
-        for chunk in (first as usize).div_ceil(CHUNK_PAGES)..(end.min(self.frames) as usize) / CHUNK_PAGES {
-            let (word, bit) = (&self.there[chunk / 64], 1 << (chunk % 64));
-            if self.stored[chunk].load(Ordering::Relaxed) != 0 || word.load(Ordering::Relaxed) & bit == 0 {
-                continue;
-            }
-            word.fetch_and(!bit, Ordering::Relaxed);
-            if self.data.give_back(chunk * CHUNK, CHUNK).is_ok() {
-                self.counters[1].fetch_sub(1, Ordering::Relaxed);
-                given += CHUNK as u64;
-            } else {
-                word.fetch_or(bit, Ordering::Relaxed);
-            }
-        }
-        given
     }
 }
 
@@ -167,10 +213,26 @@ impl Device for Mem {
         (pfn < self.frames).then(|| self.data.addr() + pfn as usize * PAGE_SIZE)
     }
 
+    fn memory(&self) -> Option<&DeviceMemory> {
+        self.memory.as_ref()
+    }
+
     fn store(&self, ops: &mut [StoreOp<'_>], _owner: Owner) {
         let streaming = Streaming::of(ops.len());
-        for op in ops {
-            op.result = self.store_one(op.pfn, op.page, op.sum, streaming.as_ref());
+        for run in ops.chunk_by_mut(|a, b| a.pfn.checked_add(1) == Some(b.pfn)) {
+            let inside = run[run.len() - 1].pfn < self.frames;
+            let all = inside && self.provide(run[0].pfn, run.len()).is_ok();
+            for op in run {
+                // Not for all of them: perhaps for some.
+                op.result = match op.pfn {
+                    _ if all => Ok(()),
+                    pfn if pfn < self.frames => self.provide(pfn, 1),
+                    _ => Err(DeviceError::Io(libc::EINVAL)),
+                };
+                if op.result.is_ok() {
+                    self.store_one(op.pfn, op.page, op.sum, streaming.as_ref());
+                }
+            }
         }
     }
 
@@ -209,28 +271,52 @@ impl Device for Mem {
                 self.counters[0].fetch_sub(1, Ordering::Relaxed);
             }
         }
+        if self.memory.as_ref().is_some_and(DeviceMemory::gives_back_pages) {
+            self.let_go(pfns);
+        }
     }
 
     fn shrunk(&self, first: Pfn, end: Pfn) -> u64 {
-        self.give_back(first, end)
+        if self.memory.is_some() {
+            // Somebody may map frames there at any time. What is freed goes back when it is freed.
+            return 0;
+        }
+        let mut given = 0;
+        for word in first as usize / 64..(end.min(self.frames) as usize).div_ceil(64) {
+            let base = (word * 64) as Pfn;
+            let (from, to) = (first.saturating_sub(base), (end - base).min(64));
+            let mask = (u64::MAX << from) & (u64::MAX >> (64 - to));
+            let mut idle = self.there[word].load(Ordering::Relaxed) & mask;
+            if idle != 0 {
+                idle &= !self.stored[word].load(Ordering::Relaxed);
+            }
+            while idle != 0 {
+                let at = idle.trailing_zeros();
+                let n = (idle >> at).trailing_ones();
+                if self.give_back(base + at, n as usize) {
+                    given += u64::from(n) * PAGE_SIZE as u64;
+                }
+                idle &= !((u64::MAX >> (64 - n)) << at);
+            }
+        }
+        given
     }
 
-    fn remove(&self, _owner: Owner) -> Result<(), rustix::io::Errno> {
-        // The last chunk may be a part of one.
-        self.data.give_back(0, self.data.len())?;
+    fn remove(&self, _owner: Owner) -> Result<(), Errno> {
+        if self.memory.as_ref().is_none_or(DeviceMemory::gives_back) {
+            self.data.give_back(0, self.data.len())?;
+        }
         self.there.iter().for_each(|word| word.store(0, Ordering::Relaxed));
         self.counters[1].store(0, Ordering::Relaxed);
         Ok(())
     }
 
     fn usage(&self) -> Usage {
-        let counter = |i: usize| self.counters[i].load(Ordering::Relaxed);
-        Usage {
-            capacity: self.size,
-            used: counter(1) * CHUNK as u64,
-            payload: counter(0) * PAGE_SIZE as u64,
-            peak: counter(2) * CHUNK as u64,
-        }
+        let counter = |i: usize| self.counters[i].load(Ordering::Relaxed) * PAGE_SIZE as u64;
+        // Huge pages are more than what is stored in them, and what is mapped is not noted here.
+        let takes = self.memory.as_ref().map_or(0, |memory| memory.in_use().unwrap_or(0));
+        let used = counter(1).max(takes);
+        Usage { capacity: self.size, used, payload: counter(0), peak: counter(2).max(used) }
     }
 }
 
@@ -255,8 +341,8 @@ mod tests {
         dev.free(&upper, testing::ME);
         assert_eq!(dev.usage().payload, 500 * PAGE_SIZE as u64, "freeing twice is freeing once");
         assert_eq!(load(&*dev, 500).err(), Some(DeviceError::Corrupt));
-        assert_eq!(dev.shrunk(500, 1024), 2 << 20, "whole chunks only, behind the last that is stored");
-        assert_eq!(dev.usage().used, 2 << 20);
+        assert_eq!(dev.shrunk(500, 1024), 524 * PAGE_SIZE as u64);
+        assert_eq!((dev.usage().used, dev.shrunk(500, 1024)), (500 * PAGE_SIZE as u64, 0));
         assert_eq!(load(&*dev, 499).unwrap().0, page(1023 - 499).0);
         assert!(store_all(&*dev, &[(700, page(7))])[0].is_ok());
         assert_eq!(load(&*dev, 700).unwrap().0, page(7).0);

@@ -7,32 +7,42 @@
 //! | `numa:NODE[:SIZE]` | `Coherent` | of that memory node and no other |
 //! | `p2pdma:SOURCE[:SIZE]` | `P2pDma` | its driver's; mapped only on request |
 //!
+//! Memory of the first three can be a device of a domain as well: then its frames, of 4 KiB each, serve as storage of pages
+//! ([`super::spec::Spec::Memory`], [`MemorySpec::attach`]).
+//!
 //! `SOURCE` is a device-dax node (`/dev/dax0.0`), a regular file without data (on a DAX file system it is the storage itself),
 //! a directory for an unlinked file (hugetlbfs: huge pages), or one of the words `memfd` and `hugetlb` (huge pages
 //! without a mount). A frame is what the memory is handed out in: 4 KiB, or 2 MiB for huge pages and a device-dax node
 //! aligned so. The memory of a free frame is given back to the system where it can be (not on device-dax).
+//!
+//! Files and nodes are locked (`flock`): who stores pages in one has it alone.
 
 use std::fmt;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, FlockOperation, MemfdFlags, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
-use super::spec::backing_path;
+use super::spec::{backing_path, split_dir};
 use super::{Device, DeviceError, LoadOp, MemoryType, PagemapOps, StoreOp, Sum, Usage};
 use crate::frame::{Owner, Pfn};
-use crate::size::{SizeError, format_size, looks_like_size, parse_size};
-use crate::sys::{SharedMap, SteadyFile, numa};
+use crate::size::{SizeError, format_size};
+use crate::sys::{SharedArea, SharedMap, SteadyFile, numa};
 use crate::{PAGE_SIZE, Page};
 
 /// Bytes of a huge page.
 pub const HUGE: u64 = 2 << 20;
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+/// File systems that write a page to a new place each time, where a store into a mapping may find no room although the
+/// page has some: btrfs, bcachefs, ZFS.
+const COPY_ON_WRITE: [u64; 3] = [0x9123_683e, 0xca45_1a4e, 0x2fc1_2fc1];
+/// The smallest: a page.
+pub const MIN_SIZE: u64 = PAGE_SIZE as u64;
 /// The largest: what 32-bit frame numbers and their counts can do.
-const MAX_SIZE: u64 = 8 << 40;
+pub const MAX_SIZE: u64 = 8 << 40;
 
 /// Where memory comes from.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -108,9 +118,28 @@ pub enum MemoryError {
         /// Those that it has.
         nodes: Vec<u32>,
     },
+    /// The memory node has less.
+    #[error("memory {name}: the node has {} of memory", format_size(*.total))]
+    NodeTooSmall {
+        /// The specification.
+        name: String,
+        /// Bytes of the node.
+        total: u64,
+    },
     /// The file has data, which would be overwritten.
-    #[error("memory {0}: the file holds data")]
+    #[error(
+        "memory {0}: the file holds data (of a run that was killed? if nobody needs it, empty or remove the file)"
+    )]
     HasData(String),
+    /// Another process has it.
+    #[error("memory {0} is in use by another process")]
+    InUse(String),
+    /// Pages cannot be stored in a mapping of such a file safely.
+    #[error(
+        "memory {0}: this file system copies on write, so that a store into a mapping may fail for want of space: \
+         use file:DIR"
+    )]
+    CopyOnWrite(String),
 }
 
 /// Memory that can be mapped; see the module's description. It is a pagemap's driver ([`PagemapOps`]), of each type
@@ -120,98 +149,247 @@ pub struct DeviceMemory {
     memory_type: MemoryType,
     frames: u32,
     frame_size: u64,
-    /// The memory of free frames can be given back, and is zero afterwards.
-    punches: bool,
+    /// Memory can be given back in pieces of so many bytes, which are zero afterwards; `None`: it cannot.
+    piece: Option<u64>,
+    /// Pages are stored in its frames, by another who has this ([`super::mem::Mem`]).
+    stores: bool,
     file: SteadyFile,
     /// What the first process opened, by whose path the others open it.
-    _origin: OwnedFd,
-    /// `Coherent`: all of it, for copies in and out.
+    _origin: Option<OwnedFd>,
+    /// All of it, for copies in and out: if it is `Coherent`, or stores pages.
     whole: Option<SharedMap>,
 }
 
+/// Memory that has been opened or made, and has its size.
+struct Opened {
+    file: OwnedFd,
+    kind: FileKind,
+    size: u64,
+}
+
+/// What memory behind a descriptor is like.
+#[derive(Clone, Copy)]
+enum FileKind {
+    Dax(Dax),
+    HugePages,
+    Pages,
+}
+
+impl FileKind {
+    fn of(file: impl AsFd) -> Result<Self, Errno> {
+        let stat = rustix::fs::fstat(&file)?;
+        if rustix::fs::FileType::from_raw_mode(stat.st_mode).is_char_device() {
+            return Dax::of(file).map(Self::Dax);
+        }
+        let hugetlb = rustix::fs::fstatfs(&file).is_ok_and(|fs| fs.f_type as u64 == HUGETLBFS_MAGIC);
+        Ok(if hugetlb { Self::HugePages } else { Self::Pages })
+    }
+
+    /// Bytes that are mapped together at least.
+    fn unit(self) -> u64 {
+        match self {
+            Self::Dax(dax) => dax.align.max(PAGE_SIZE as u64),
+            Self::HugePages => HUGE,
+            Self::Pages => PAGE_SIZE as u64,
+        }
+    }
+
+    /// Bytes that can be given back together; `None`: none can.
+    fn piece(self) -> Option<u64> {
+        match self {
+            Self::Dax(_) => None,
+            Self::HugePages | Self::Pages => Some(self.unit()),
+        }
+    }
+}
+
 impl MemorySpec {
+    fn failed(&self, what: &'static str) -> impl Fn(Errno) -> MemoryError + use<> {
+        let name = self.to_string();
+        move |errno| MemoryError::Sys { name: name.clone(), what, errno }
+    }
+
+    /// Whether it takes the machine's ordinary memory.
+    pub fn takes_memory(&self) -> bool {
+        matches!(self.source, Source::Memfd | Source::Node(_))
+    }
+
+    /// The bytes that a device-dax node or a file has, for those who gave no size.
+    ///
+    /// # Errors
+    /// See [`MemoryError`].
+    pub fn available(&self) -> Result<u64, MemoryError> {
+        if !matches!(self.source, Source::Path(_)) {
+            return Err(MemoryError::NoSize(self.to_string()));
+        }
+        let file = self.open().map_err(self.failed("open it"))?;
+        let has = match FileKind::of(&file).map_err(self.failed("look at it"))? {
+            FileKind::Dax(dax) => dax.size,
+            _ => rustix::fs::fstat(&file).map_err(self.failed("look at it"))?.st_size as u64,
+        };
+        if has == 0 { Err(MemoryError::NoSize(self.to_string())) } else { Ok(has) }
+    }
+
     /// Opens or makes the memory.
     ///
     /// # Errors
     /// See [`MemoryError`].
     pub fn create(&self) -> Result<DeviceMemory, MemoryError> {
-        let name = self.to_string();
-        let failed = |what| {
-            let name = name.clone();
-            move |errno| MemoryError::Sys { name, what, errno }
-        };
-        let (file, dax) = self.open().map_err(failed("open it"))?;
-        let stat = rustix::fs::fstat(&file).map_err(failed("look at it"))?;
-        let hugetlb = rustix::fs::fstatfs(&file).is_ok_and(|fs| fs.f_type as u64 == HUGETLBFS_MAGIC);
-        let (has, frame_size) = match dax {
-            Some(Dax { size, align }) => (size, if align >= HUGE { HUGE } else { PAGE_SIZE as u64 }),
-            None => (stat.st_size as u64, if hugetlb { HUGE } else { PAGE_SIZE as u64 }),
-        };
-        // All of a file on hugetlbfs counts as data.
-        if dax.is_none() && has > 0 && !hugetlb && rustix::fs::seek(&file, SeekFrom::Data(0)).is_ok() {
-            return Err(MemoryError::HasData(name));
-        }
-        let size = match self.size {
-            None if has == 0 => return Err(MemoryError::NoSize(name)),
-            None => has,
-            Some(size) => size,
-        };
-        let right = size >= frame_size && size.is_multiple_of(frame_size) && size <= MAX_SIZE;
-        if !right || (dax.is_some() && size > has) {
-            return Err(MemoryError::Size { name, size, frame_size });
-        }
-        if dax.is_none() && has < size {
-            rustix::fs::ftruncate(&file, size).map_err(failed("size it (see `ulimit -f`)"))?;
-        }
+        let Opened { file, kind, size } = self.open_sized(FlockOperation::NonBlockingLockShared)?;
+        let frame_size = if kind.unit() >= HUGE { HUGE } else { PAGE_SIZE as u64 };
         let whole = matches!(self.memory_type, MemoryType::Coherent)
             .then(|| SharedMap::new(&file, 0, size as usize))
             .transpose()
-            .map_err(failed("map it"))?;
-        if let (Source::Node(node), Some(map)) = (&self.source, &whole) {
-            let nodes = numa::memory_nodes();
-            if !nodes.contains(node) {
-                return Err(MemoryError::NoNode { name, nodes });
-            }
-            numa::bind_memory(map.addr(), map.len(), *node).map_err(failed("bind it to the node"))?;
-        }
-        let path = backing_path(&file);
-        let steady = SteadyFile::open(&path, OFlags::RDWR).map_err(failed("open it again"))?;
+            .map_err(self.failed("map it"))?;
+        let steady = SteadyFile::open(&backing_path(&file), OFlags::RDWR);
         Ok(DeviceMemory {
-            name,
+            name: self.to_string(),
             memory_type: self.memory_type,
             frames: (size / frame_size) as u32,
             frame_size,
-            punches: dax.is_none(),
-            file: steady,
-            _origin: file,
+            piece: kind.piece(),
+            stores: false,
+            file: steady.map_err(self.failed("open it again"))?,
+            _origin: Some(file),
             whole,
         })
     }
 
-    fn open(&self) -> Result<(OwnedFd, Option<Dax>), Errno> {
+    /// Opens or makes the memory for a domain that stores pages in it, and has it alone: nobody else gets it while the
+    /// descriptor is open. Every process of the domain, this one as well, then calls [`Self::attach`]. The size must have been given.
+    ///
+    /// A file that was made for it loses its name at once, so that it goes with the last process.
+    ///
+    /// # Errors
+    /// See [`MemoryError`].
+    pub fn create_backing(&self) -> Result<OwnedFd, MemoryError> {
+        let new = match &self.source {
+            Source::Path(path) => (!path.exists()).then_some(path),
+            _ => None,
+        };
+        let Opened { file, kind, size } = self.open_sized(FlockOperation::NonBlockingLockExclusive)?;
+        match new.map(std::fs::remove_file) {
+            Some(Err(e)) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(self.failed("remove its name")(Errno::from_io_error(&e).unwrap_or(Errno::IO)));
+            }
+            _ => {}
+        }
+        if !size.is_multiple_of(kind.unit()) {
+            return Err(MemoryError::Size { name: self.to_string(), size, frame_size: kind.unit() });
+        }
+        let on_cow = rustix::fs::fstatfs(&file).is_ok_and(|fs| COPY_ON_WRITE.contains(&(fs.f_type as u64)));
+        if on_cow && matches!(kind, FileKind::Pages) {
+            return Err(MemoryError::CopyOnWrite(self.to_string()));
+        }
+        Ok(file)
+    }
+
+    /// In each process of a domain: the memory at `path` (what [`backing_path`] said of the descriptor of
+    /// [`Self::create_backing`]), as frames of 4 KiB in which pages are stored.
+    ///
+    /// # Errors
+    /// See [`MemoryError`].
+    pub fn attach(&self, path: &str) -> Result<DeviceMemory, MemoryError> {
+        let size = self.size.ok_or_else(|| MemoryError::NoSize(self.to_string()))?;
+        let steady = SteadyFile::open(path, OFlags::RDWR).map_err(self.failed("open it in this process"))?;
+        let file = steady.get().map_err(self.failed("open it in this process"))?;
+        let kind = FileKind::of(file).map_err(self.failed("look at it"))?;
+        let whole = SharedMap::new(file, 0, size as usize)
+            .map_err(self.failed("map it (is an address space limit set? see `ulimit -v`)"))?;
+        Ok(DeviceMemory {
+            name: self.to_string(),
+            memory_type: self.memory_type,
+            frames: (size / PAGE_SIZE as u64) as u32,
+            frame_size: PAGE_SIZE as u64,
+            piece: kind.piece(),
+            stores: true,
+            file: steady,
+            _origin: None,
+            whole: Some(whole),
+        })
+    }
+
+    fn open_sized(&self, lock: FlockOperation) -> Result<Opened, MemoryError> {
+        let name = || self.to_string();
+        let file = self.open().map_err(self.failed("open it"))?;
+        if let Source::Path(_) = self.source {
+            rustix::fs::flock(&file, lock).map_err(|errno| match errno {
+                Errno::WOULDBLOCK => MemoryError::InUse(name()),
+                errno => self.failed("lock it")(errno),
+            })?;
+        }
+        let kind = FileKind::of(&file).map_err(self.failed("look at it"))?;
+        let has = match kind {
+            FileKind::Dax(dax) => dax.size,
+            _ => rustix::fs::fstat(&file).map_err(self.failed("look at it"))?.st_size as u64,
+        };
+        // All of a file on hugetlbfs counts as data.
+        let may_have_data = matches!(kind, FileKind::Pages) && has > 0;
+        if may_have_data && rustix::fs::seek(&file, SeekFrom::Data(0)).is_ok() {
+            return Err(MemoryError::HasData(name()));
+        }
+        let size = match self.size {
+            None if has == 0 => return Err(MemoryError::NoSize(name())),
+            None => has,
+            Some(size) => size,
+        };
+        let frame_size = if kind.unit() >= HUGE { HUGE } else { PAGE_SIZE as u64 };
+        let is_dax = matches!(kind, FileKind::Dax(_));
+        let right = size >= frame_size && size.is_multiple_of(frame_size) && size <= MAX_SIZE;
+        if !right || (is_dax && size > has) {
+            return Err(MemoryError::Size { name: name(), size, frame_size });
+        }
+        if !is_dax && has < size {
+            // (ftruncate beyond the limit would end us with SIGXFSZ.)
+            let limit = getrlimit(Resource::Fsize).current;
+            let sized = if limit.is_some_and(|limit| limit < size) {
+                Err(Errno::FBIG)
+            } else {
+                rustix::fs::ftruncate(&file, size)
+            };
+            sized.map_err(self.failed("size it (see `ulimit -f`)"))?;
+        }
+        if let Source::Node(node) = self.source {
+            self.bind(&file, size, node)?;
+        }
+        Ok(Opened { file, kind, size })
+    }
+
+    /// The file's pages come from `node`, whoever touches them first.
+    fn bind(&self, file: &OwnedFd, size: u64, node: u32) -> Result<(), MemoryError> {
+        let name = self.to_string();
+        let nodes = numa::memory_nodes();
+        if !nodes.contains(&node) {
+            return Err(MemoryError::NoNode { name, nodes });
+        }
+        if let Some(total) = numa::memory_of(node).filter(|total| *total < size) {
+            return Err(MemoryError::NodeTooSmall { name, total });
+        }
+        let map = SharedMap::new(file, 0, size as usize).map_err(self.failed("map it"))?;
+        let bound = numa::bind_memory(map.addr(), map.len(), node);
+        map.unmap();
+        bound.map_err(self.failed("bind it to the node"))
+    }
+
+    fn open(&self) -> Result<OwnedFd, Errno> {
         let rw = OFlags::RDWR | OFlags::CLOEXEC;
         let mode = Mode::RUSR | Mode::WUSR;
-        Ok(match &self.source {
+        match &self.source {
             Source::Memfd | Source::Node(_) => {
-                (rustix::fs::memfd_create("farpage-memory", MemfdFlags::CLOEXEC)?, None)
+                rustix::fs::memfd_create("farpage-memory", MemfdFlags::CLOEXEC)
             }
             Source::Hugetlb => {
                 let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
-                (rustix::fs::memfd_create("farpage-huge", flags)?, None)
+                rustix::fs::memfd_create("farpage-huge", flags)
             }
-            Source::Path(path) if path.is_dir() => {
-                (rustix::fs::open(path, rw | OFlags::TMPFILE, mode)?, None)
-            }
+            Source::Path(path) if path.is_dir() => rustix::fs::open(path, rw | OFlags::TMPFILE, mode),
             Source::Path(path) => {
                 // A mistyped node does not become a file.
                 let makes_one = self.size.is_some() && path.parent() != Some("/dev".as_ref());
                 let create = if makes_one { OFlags::CREATE } else { OFlags::empty() };
-                let file = rustix::fs::open(path, rw | create, mode)?;
-                let char_device = path.metadata().is_ok_and(|m| m.file_type().is_char_device());
-                let dax = if char_device { Some(Dax::of(&file)?) } else { None };
-                (file, dax)
+                rustix::fs::open(path, rw | create, mode)
             }
-        })
+        }
     }
 }
 
@@ -223,7 +401,7 @@ struct Dax {
 }
 
 impl Dax {
-    fn of(file: &OwnedFd) -> Result<Self, Errno> {
+    fn of(file: impl AsFd) -> Result<Self, Errno> {
         let rdev = rustix::fs::fstat(file)?.st_rdev;
         let dir = format!("/sys/dev/char/{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev));
         let dir = Path::new(&dir);
@@ -264,7 +442,27 @@ impl DeviceMemory {
 
     /// Whether frames that are allocated may hold old bytes: whoever hands them out clears them.
     pub fn must_clear(&self) -> bool {
-        !self.punches
+        self.stores || self.piece.is_none()
+    }
+
+    /// Whether pages are stored in its frames.
+    pub fn stores_pages(&self) -> bool {
+        self.stores
+    }
+
+    /// Whether the memory of a single frame of 4 KiB can be given back to the system.
+    pub(super) fn gives_back_pages(&self) -> bool {
+        self.piece == Some(PAGE_SIZE as u64)
+    }
+
+    /// Whether its memory can be given back at all.
+    pub(super) fn gives_back(&self) -> bool {
+        self.piece.is_some()
+    }
+
+    /// All of it, where there is a mapping.
+    pub(super) fn area(&self) -> Option<SharedArea> {
+        self.whole.map(|map| map.area(0, map.len()))
     }
 
     /// Bytes of the system's memory that it takes just now.
@@ -303,7 +501,7 @@ impl PagemapOps for DeviceMemory {
     }
 
     fn page_free(&self, pfns: &[Pfn], _owner: Owner) {
-        if !self.punches {
+        if self.piece.is_none() {
             return;
         }
         let mut sorted: arrayvec::ArrayVec<Pfn, { crate::frame::BATCH }> = arrayvec::ArrayVec::new();
@@ -329,7 +527,7 @@ impl PagemapOps for DeviceMemory {
     }
 
     fn remove(&self, _owner: Owner) -> Result<(), Errno> {
-        if self.punches { self.punch(0, self.frames) } else { Ok(()) }
+        if self.piece.is_some() { self.punch(0, self.frames) } else { Ok(()) }
     }
 }
 
@@ -380,13 +578,7 @@ impl FromStr for MemorySpec {
     fn from_str(text: &str) -> Result<Self, MemorySpecError> {
         let unknown = || MemorySpecError::Unknown(text.to_owned());
         let (kind, rest) = text.split_once(':').ok_or_else(unknown)?;
-        let (source, size) = match rest.rsplit_once(':') {
-            Some((source, size)) if looks_like_size(size) => {
-                let size = parse_size(size).map_err(|e| MemorySpecError::Size(text.to_owned(), e))?;
-                (source, Some(size))
-            }
-            _ => (rest, None),
-        };
+        let (source, size) = split_dir(rest).map_err(|e| MemorySpecError::Size(text.to_owned(), e))?;
         let memory_type = match kind {
             "generic" => MemoryType::Generic,
             "coherent" | "numa" => MemoryType::Coherent,
@@ -422,6 +614,15 @@ impl fmt::Display for MemorySpec {
                 }
             }
         }
-        self.size.map_or(Ok(()), |size| write!(f, ":{}", format_size(size)))
+        match (self.size, &self.source) {
+            (Some(size), _) => write!(f, ":{}", format_size(size)),
+            // A path that ends in something like a size.
+            (None, Source::Path(path)) => {
+                let path = path.display().to_string();
+                let clear = split_dir(&path).is_ok_and(|split| split == (&path, None));
+                f.write_str(if clear { "" } else { ":" })
+            }
+            (None, _) => Ok(()),
+        }
     }
 }

@@ -28,10 +28,10 @@ impl Space {
         self.change(|world| {
             let mut mapped = 0;
             for (s, e, first) in self.runs_on(world, start, end, device) {
-                let offset = self.domain.offset_of(device, first).ok_or(Errno::NODEV)?;
+                let (file, offset) = self.domain.file_of(device, first).ok_or(Errno::NODEV)?;
                 // The kernel announces that what was here is unmapped.
                 self.faults.expect(s, e);
-                sys::map_shared(s, e - s, rights, self.domain.fd(), offset)?;
+                sys::map_shared(s, e - s, rights, file, offset)?;
                 mapped += (e - s) / PAGE_SIZE;
             }
             Ok(mapped)
