@@ -254,7 +254,7 @@ impl Spec {
 }
 
 /// `DIR`, `DIR:SIZE`, or `DIR:` for a directory (or another name) that itself ends in something like a size.
-pub(super) fn split_dir(text: &str) -> Result<(&str, Option<u64>), SizeError> {
+pub(crate) fn split_dir(text: &str) -> Result<(&str, Option<u64>), SizeError> {
     match text.rsplit_once(':') {
         Some((dir, "")) => Ok((dir, None)),
         Some((dir, size)) if looks_like_size(size) => Ok((dir, Some(parse_size(size)?))),
