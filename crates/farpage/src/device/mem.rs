@@ -323,6 +323,7 @@ impl Device for Mem {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::MemoryType;
     use crate::device::testing::{self, load, page, store_all};
 
     #[test]
@@ -347,6 +348,106 @@ mod tests {
         assert!(store_all(&*dev, &[(700, page(7))])[0].is_ok());
         assert_eq!(load(&*dev, 700).unwrap().0, page(7).0);
         assert_eq!(store_all(&*dev, &[(1024, page(7))]), [Err(DeviceError::Io(libc::EINVAL))]);
+    }
+
+    #[test]
+    fn memory_of_its_own_is_the_same_device() {
+        let dir = tempfile::tempdir().unwrap();
+        let in_dir = format!("generic:{}:4M", dir.path().display());
+        for (spec, memory_type) in [
+            ("generic:memfd:4M", MemoryType::Generic),
+            ("coherent:memfd:4M", MemoryType::Coherent),
+            (&in_dir, MemoryType::Generic),
+        ] {
+            let dev = testing::device(spec);
+            assert_eq!((dev.frames(), dev.is_memory(), Device::name(&*dev)), (1024, true, spec));
+            let memory = dev.memory().unwrap();
+            assert_eq!((memory.memory_type(), memory.stores_pages()), (memory_type, true));
+            let pages: Vec<_> = (0..600).map(|i| (1023 - i, page(i))).collect();
+            assert!(store_all(&*dev, &pages).iter().all(Result::is_ok));
+            for (pfn, page) in &pages {
+                assert_eq!(load(&*dev, *pfn).unwrap().0, page.0);
+            }
+            assert_eq!(memory.in_use().unwrap(), 600 * PAGE_SIZE as u64, "{spec}");
+            assert_eq!(load(&*dev, 0).err(), Some(DeviceError::Corrupt), "never stored");
+            dev.free(&[1023, 1023], testing::ME);
+            assert_eq!(load(&*dev, 1023).err(), Some(DeviceError::Corrupt));
+            assert_eq!(dev.usage().payload, 599 * PAGE_SIZE as u64);
+            assert_eq!(store_all(&*dev, &[(1024, page(7))]), [Err(DeviceError::Io(libc::EINVAL))]);
+            // Somebody may map free frames: they are not touched.
+            assert_eq!(dev.shrunk(0, 1024), 0);
+            dev.remove(testing::ME).unwrap();
+            assert_eq!((memory.in_use(), dev.usage().used), (Ok(0), 0));
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn memory_of_freed_frames_goes_back_when_there_is_much_of_it() {
+        let dev = testing::device("generic:memfd:48M");
+        let pages: Vec<_> = (0..12288).map(|i| (i, page(i))).collect();
+        assert!(store_all(&*dev, &pages).iter().all(Result::is_ok));
+        let (takes, pages_of) = (|| dev.memory().unwrap().in_use().unwrap(), |n: u64| n * PAGE_SIZE as u64);
+        assert_eq!(takes(), 48 << 20);
+        dev.free(&(0..KEPT as Pfn).collect::<Vec<_>>(), testing::ME);
+        assert_eq!(takes(), 48 << 20, "kept for what comes next");
+        let more: Vec<Pfn> = (KEPT as Pfn..12000).collect();
+        more.chunks(BATCH).for_each(|batch| dev.free(batch, testing::ME));
+        assert!(takes() <= pages_of(KEPT + 288 + BATCH as u64) && takes() >= pages_of(288), "{}", takes());
+        assert_eq!(dev.usage().used, takes());
+        assert!((12000..12288).all(|i| load(&*dev, i).unwrap().0 == page(i).0), "what is stored stays");
+        // What had gone is there again when it is stored.
+        assert!(store_all(&*dev, &pages[..12000]).iter().all(Result::is_ok));
+        assert!(pages.iter().all(|(pfn, page)| load(&*dev, *pfn).unwrap().0 == page.0));
+        assert_eq!((takes(), dev.usage().used, dev.usage().peak), (48 << 20, 48 << 20, 48 << 20));
+    }
+
+    #[test]
+    fn a_frame_that_was_only_mapped_goes_back_at_once() {
+        let dev = testing::device("coherent:memfd:1M");
+        let memory = dev.memory().unwrap();
+        memory.area().unwrap().write(7 * PAGE_SIZE, b"somebody's");
+        assert_eq!(memory.in_use(), Ok(PAGE_SIZE as u64));
+        dev.free(&[7], testing::ME);
+        assert_eq!(memory.in_use(), Ok(0));
+        assert!(memory.must_clear(), "others may be given back later");
+    }
+
+    #[test]
+    fn processes_store_and_load_in_the_same_memory() {
+        let spec: crate::device::spec::Spec = "generic:memfd:1M".parse().unwrap();
+        let (attach, _) = testing::attach(&spec);
+        let (area, path, peers) = (attach.area, attach.path.clone(), attach.peers.clone());
+        let dev = spec.attach(attach).unwrap();
+        let child = testing::in_child(|| {
+            // As after an exec: opened anew, by the launcher's path.
+            let theirs = spec.attach(Attach { area, path, peers, create: false }).unwrap();
+            assert!(testing::store(&*theirs, 5, &page(5)).is_ok());
+            assert!(testing::store(&*dev, 6, &page(6)).is_ok(), "what it has from its parent is the same");
+        });
+        assert_eq!(testing::status(child), 0);
+        assert_eq!((load(&*dev, 5).unwrap().0, load(&*dev, 6).unwrap().0), (page(5).0, page(6).0));
+    }
+
+    #[test]
+    fn huge_pages_that_there_are_not_are_a_full_device() {
+        // More than anyone has reserved; what there is of them works, the rest is an error and no SIGBUS.
+        let dev = testing::device("generic:hugetlb:64G");
+        let last = dev.frames() - 512;
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+        let free = text.lines().find_map(|l| l.strip_prefix("HugePages_Free:")).map_or("0", str::trim);
+        let free: u32 = free.parse().unwrap();
+        let stores: Vec<_> = (0..free + 1)
+            .map(|i| store_all(&*dev, &[(last - i * 512, page(1)), (last - i * 512 + 1, page(2))]))
+            .collect();
+        assert!(
+            stores.iter().any(|s| s[..] == [Err(DeviceError::Full), Err(DeviceError::Full)]),
+            "{stores:?}"
+        );
+        for (i, _) in stores.iter().enumerate().filter(|(_, s)| s[0].is_ok()) {
+            assert_eq!(load(&*dev, last - i as Pfn * 512 + 1).unwrap().0, page(2).0);
+        }
+        dev.remove(testing::ME).unwrap();
     }
 
     #[test]

@@ -340,6 +340,10 @@ mod tests {
         Spec::File { dir: dir.into(), size }
     }
 
+    fn memory(memory_type: MemoryType, source: Source, size: Option<u64>) -> Spec {
+        Spec::Memory(MemorySpec { memory_type, source, size })
+    }
+
     #[test]
     fn reads_devices() {
         for (text, spec) in [
@@ -354,6 +358,12 @@ mod tests {
             ("file:/a:64M:", file("/a:64M", None)),
             ("file:/a::", file("/a:", None)),
             ("file:/a:12X", file("/a:12X", None)),
+            ("generic:memfd:64M", memory(MemoryType::Generic, Source::Memfd, Some(64 << 20))),
+            ("coherent:hugetlb:64M", memory(MemoryType::Coherent, Source::Hugetlb, Some(64 << 20))),
+            ("numa:1:1G", memory(MemoryType::Coherent, Source::Node(1), Some(1 << 30))),
+            ("generic:/dev/dax0.0", memory(MemoryType::Generic, Source::Path("/dev/dax0.0".into()), None)),
+            ("generic:/a:64M:", memory(MemoryType::Generic, Source::Path("/a:64M".into()), None)),
+            ("coherent:a:b:2G", memory(MemoryType::Coherent, Source::Path("a:b".into()), Some(2 << 30))),
         ] {
             assert_eq!(text.parse(), Ok(spec), "{text}");
         }
@@ -380,6 +390,16 @@ mod tests {
             ("file:/a:4095", "smallest that works is 1M"),
             ("file:/a:9T", "largest that works is 8T"),
             ("file:/a:99999999T", "size `99999999T` is too large"),
+            ("generic", "unknown memory `generic`"),
+            ("generic:", "unknown memory"),
+            ("generic:memfd", "device `generic:memfd` needs a size (write `generic:memfd:SIZE`)"),
+            ("generic:hugetlb:", "device `generic:hugetlb` needs a size"),
+            ("numa:1", "device `numa:1` needs a size (write `numa:1:SIZE`)"),
+            ("numa:one:1G", "names no node"),
+            ("generic:memfd:100", "smallest that works is 4K"),
+            ("coherent:/a:9T", "largest that works is 8T"),
+            ("generic:memfd:99999999T", "size `99999999T` is too large"),
+            ("p2pdma:memfd:1M", "peer-to-peer memory is its driver's"),
             ("inject", "names no device"),
             ("inject:fail-store=1", "names no device"),
             ("inject:nonsense:ram", "nonsense"),
@@ -401,6 +421,24 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_is_there_has_its_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("memory");
+        let text = format!("inject:full=1:generic:{}", path.display());
+        let spec: Spec = text.parse().unwrap();
+        let error = spec.clone().resolved().unwrap_err().to_string();
+        assert!(error.contains("cannot open it: No such file"), "{error}");
+        std::fs::File::create(&path).unwrap().set_len(5 << 20).unwrap();
+        let spec = spec.resolved().unwrap();
+        assert_eq!((spec.size(), spec.frames()), (Some(5 << 20), 1280));
+        assert_eq!(spec.to_string(), format!("{text}:5M"));
+        std::fs::File::create(&path).unwrap().set_len(100).unwrap();
+        let error = text.parse::<Spec>().unwrap().resolved().unwrap_err().to_string();
+        assert!(error.contains("smallest that works is 4K"), "{error}");
+        assert_eq!("ram".parse::<Spec>().unwrap().resolved(), Ok(Spec::Ram { size: None }));
+    }
+
+    #[test]
     fn a_missing_directory_is_named() {
         let spec: Spec = "file:/nowhere/at/all:1M".parse().unwrap();
         let error = spec.create_backing().unwrap_err().to_string();
@@ -413,6 +451,7 @@ mod tests {
             text in prop_oneof![
                 any::<String>(),
                 "(ram|mem|file|inject)(:[a-z0-9=x,+*%-]{0,12}){0,3}(:(ram|mem|file))?(:[/a-zKMGT0-9.]{0,6}){0,3}:?",
+                "(inject:full=1:)?(generic|coherent|numa|p2pdma):(memfd|hugetlb|[0-9]{0,3}|/[a-z0-9:KMG]{0,8})(:[0-9]{1,9}[KMGT]?)?:?",
             ]
         ) {
             if let Ok(spec) = text.parse::<Spec>() {
@@ -424,6 +463,10 @@ mod tests {
         fn every_directory_round_trips(dir in "[^\0]{1,12}", size in proptest::option::of(1u64 << 20..1 << 40)) {
             let spec = file(&dir, size);
             prop_assert_eq!(spec.to_string().parse(), Ok(spec));
+            if dir != "memfd" && dir != "hugetlb" {
+                let spec = memory(MemoryType::Generic, Source::Path(dir.into()), size);
+                prop_assert_eq!(spec.to_string().parse(), Ok(spec));
+            }
         }
     }
 }

@@ -334,3 +334,79 @@ impl Dax {
         Ok(Self { size, align: number("align").unwrap_or(HUGE) })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(text: &str) -> MemorySpec {
+        text.parse().unwrap()
+    }
+
+    fn backing(text: &str) -> Result<OwnedFd, String> {
+        spec(text).create_backing().map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn who_stores_pages_in_a_file_has_it_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("memory");
+        std::fs::write(&path, "").unwrap();
+        let text = format!("generic:{}:1M", path.display());
+        let file = backing(&text).unwrap();
+        let in_use = format!("memory {text} is in use by another process");
+        assert_eq!(backing(&text).unwrap_err(), in_use);
+        assert_eq!(spec(&text).create().err().unwrap().to_string(), in_use);
+        // In the processes of the domain.
+        let path_of = backing_path(&file);
+        let memory = spec(&text).attach(&path_of).unwrap();
+        assert_eq!((memory.frames(), memory.frame_size(), memory.must_clear()), (256, 4096, true));
+        memory.area().unwrap().write(5000, b"a page");
+        drop((memory, file));
+        assert!(backing(&text).unwrap_err().contains("holds data"), "of a run that was killed");
+        std::fs::write(&path, "").unwrap();
+        let shared = (spec(&text).create().unwrap(), spec(&text).create().unwrap());
+        assert_eq!(backing(&text).unwrap_err(), in_use, "others map it");
+        drop(shared);
+        assert!(backing(&text).is_ok() && path.exists(), "a file that was there stays");
+    }
+
+    #[test]
+    fn a_file_that_is_made_for_it_has_no_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = format!("coherent:{}:1M", dir.path().join("new").display());
+        let file = backing(&text).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        let stat = rustix::fs::fstat(&file).unwrap();
+        assert_eq!((stat.st_size, stat.st_mode & 0o777, stat.st_nlink), (1 << 20, 0o600, 0));
+        assert!(spec(&text).attach(&backing_path(&file)).is_ok());
+        assert!(backing(&text).is_ok(), "another one");
+    }
+
+    #[test]
+    fn sizes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("memory");
+        let text = format!("generic:{}", path.display());
+        assert!(matches!(spec(&text).available(), Err(MemoryError::Sys { errno: Errno::NOENT, .. })));
+        let file = std::fs::File::create(&path).unwrap();
+        assert_eq!(spec(&text).available(), Err(MemoryError::NoSize(text.clone())));
+        file.set_len(3 << 20).unwrap();
+        assert_eq!(spec(&text).available(), Ok(3 << 20));
+        assert!(matches!(spec("generic:memfd").available(), Err(MemoryError::NoSize(_))));
+        assert!(matches!(
+            spec("generic:/dev/null").available(),
+            Err(MemoryError::Sys { errno: Errno::NODEV, .. })
+        ));
+        assert!(
+            backing("generic:memfd:5000")
+                .unwrap_err()
+                .contains("5000 bytes are not a whole number of its 4K pages")
+        );
+        assert!(backing("generic:hugetlb:3M").unwrap_err().contains("whole number of its 2M pages"));
+        if let Some(node) = numa::memory_nodes().first() {
+            let error = backing(&format!("numa:{node}:7T")).unwrap_err();
+            assert!(error.contains("the node has "), "{error}");
+        }
+    }
+}
