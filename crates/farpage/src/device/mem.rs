@@ -450,6 +450,33 @@ mod tests {
         dev.remove(testing::ME).unwrap();
     }
 
+    /// With `FARPAGE_DAX_DEVICE` naming a node that may be overwritten.
+    #[test]
+    fn a_device_dax_node_is_an_array_of_frames() {
+        let Ok(node) = std::env::var("FARPAGE_DAX_DEVICE") else {
+            println!("skipped: FARPAGE_DAX_DEVICE names no device-dax node");
+            return;
+        };
+        let spec: crate::device::spec::Spec = format!("coherent:{node}").parse().unwrap();
+        let spec = spec.resolved().unwrap();
+        let dev = spec.attach(testing::attach(&spec).0).unwrap();
+        let memory = dev.memory().unwrap();
+        assert_eq!((memory.frames(), memory.frame_size()), (dev.frames(), PAGE_SIZE as u64));
+        assert!(memory.must_clear() && !memory.gives_back() && dev.frames() > 1024);
+        let last = dev.frames() - 1;
+        let pages: Vec<_> = (0..1000).map(|i| (if i % 2 == 0 { i } else { last - i }, page(i))).collect();
+        for _ in 0..2 {
+            assert!(store_all(&*dev, &pages).iter().all(Result::is_ok));
+            assert!(pages.iter().all(|(pfn, page)| load(&*dev, *pfn).unwrap().0 == page.0));
+            dev.free(&pages.iter().map(|p| p.0).collect::<Vec<_>>(), testing::ME);
+            assert_eq!(load(&*dev, 0).err(), Some(DeviceError::Corrupt));
+        }
+        dev.remove(testing::ME).unwrap();
+        assert_eq!(dev.usage().used, 0);
+        let again = spec.create_backing().unwrap_err().to_string();
+        assert!(again.contains("in use by another process"), "{again}");
+    }
+
     #[test]
     fn faults_that_are_injected_are_found_by_the_checksum() {
         let dev = testing::device("inject:corrupt-store=1:mem:1M");
