@@ -79,6 +79,16 @@ impl Space {
         Ok(managed.into_iter().flat_map(|(s, e)| shared(&mappings, s, e)).collect())
     }
 
+    /// The same, of the world that the caller has in hand; nothing, if the kernel does not say.
+    pub(super) fn in_place_of(&self, world: &World, start: usize, end: usize) -> Vec<(usize, usize)> {
+        if !self.maps_in_place.load(Ordering::SeqCst) {
+            return Vec::new();
+        }
+        let Ok(mappings) = Mappings::open() else { return Vec::new() };
+        let managed = world.ranges.overlapping(start, end).map(|r| (r.start.max(start), r.end.min(end)));
+        managed.flat_map(|(s, e)| shared(&mappings, s, e)).collect()
+    }
+
     /// The same of one granule, as a set of its pages; all of it, if the kernel does not say.
     pub(crate) fn granule_in_place(&self, found: &Found<'_>) -> u64 {
         let (start, end) = (found.start, found.end);

@@ -138,19 +138,15 @@ impl Space {
                 pages += self.in_dram(world, &f, s, e);
             }
         }
-        pages
+        // What is mapped in place is there, but nobody is charged for it.
+        let in_place = |&(s, e): &(usize, usize)| world.resident(s, e);
+        pages.saturating_sub(self.in_place_of(world, start, end).iter().map(in_place).sum())
     }
 
     /// Pages of `[start, end)`, which lies in one granule, that are in DRAM. To the kernel the mark of a poisoned page is one,
-    /// too, and so is a page that is mapped in place, but nobody is charged for these.
+    /// too, but nobody is charged for it.
     fn in_dram(&self, world: &World, found: &Found<'_>, start: usize, end: usize) -> u64 {
-        let in_place = self.granule_in_place(found) & window(start, end);
-        let mut there = world.resident(start, end);
-        if in_place != 0 {
-            let mut present = 0;
-            let _all_if_unknown = world.scan.present(start, end, |s, e| present |= window(s, e));
-            there = there.saturating_sub(u64::from((present & in_place).count_ones()));
-        }
+        let there = world.resident(start, end);
         if there == 0 || !self.faults.has_poisoned() || !found.granule.has(flag::ENTRIES) {
             return there;
         }
