@@ -159,16 +159,15 @@ impl<'a> Boot<'a> {
         self.results.add(&self.scenario, "the test program ends well", Outcome::Failed(why));
     }
 
-    /// The machine was cut off, as it was meant to be.
-    pub fn cut(mut self) {
-        self.waiting.clear();
-        self.done = true;
+    /// The machine was cut off, as it was meant to be: nothing is missing.
+    pub fn cut(self) -> bool {
+        true
     }
 
-    /// The machine has ended, and `how` says how. Scenarios that did not reach their end have failed.
-    pub fn ended(mut self, how: &str) {
+    /// The machine has ended, and `how` says how. Scenarios that did not reach their end have failed. Did all?
+    pub fn ended(mut self, how: &str) -> bool {
         if self.waiting.is_empty() && self.done {
-            return;
+            return true;
         }
         let why = format!("it did not reach its end ({how})");
         for scenario in std::mem::take(&mut self.waiting) {
@@ -177,6 +176,7 @@ impl<'a> Boot<'a> {
         if !self.done {
             self.results.add("boot", "end", Outcome::Failed(how.to_owned()));
         }
+        false
     }
 }
 
