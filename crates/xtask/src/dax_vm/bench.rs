@@ -16,6 +16,9 @@ use super::results::{Boot, Outcome, Results};
 use super::suite;
 use super::tools::Tools;
 
+/// So much of the kernel's log is shown when something went wrong.
+const LAST_LINES: usize = 30;
+
 /// What all boots have in common.
 #[derive(Debug)]
 pub struct Bench {
@@ -100,19 +103,25 @@ impl Bench {
             boot.line(&line);
             None
         })?;
-        match &end {
+        let sound = match &end {
             End::Cut => boot.cut(),
             End::TimedOut => boot.ended(&format!("killed after {} s", self.timeout.as_secs())),
-            End::Off(status) if status.success() => boot.ended("the machine powered off"),
+            End::Off(status) if status.success() => boot.ended("the machine went off"),
             End::Off(status) => boot.ended(&format!("QEMU: {status}{complaint}")),
-        }
-        self.look_at_console(plan, &console, results)?;
+        };
+        self.look_at_console(plan, &console, sound, results)?;
         println!("=== boot {}: {:.1} s", plan.name, began.elapsed().as_secs_f32());
         Ok(end)
     }
 
     /// A kernel that complains is a failure, whatever the test program says.
-    fn look_at_console(&self, plan: &Plan<'_>, path: &Path, results: &mut Results) -> Result<(), VmError> {
+    fn look_at_console(
+        &self,
+        plan: &Plan<'_>,
+        path: &Path,
+        sound: bool,
+        results: &mut Results,
+    ) -> Result<(), VmError> {
         let text = fs::read(path).map_err(VmError::file(path))?;
         let text = String::from_utf8_lossy(&text);
         let trouble = console::trouble(&text);
@@ -122,6 +131,13 @@ impl Bench {
         }
         if trouble.is_empty() {
             results.add(&format!("boot {}", plan.name), "the kernel is well", Outcome::Passed);
+        }
+        if !trouble.is_empty() || !sound {
+            // The log may be out of reach, as in CI.
+            let lines: Vec<&str> = text.lines().collect();
+            for line in &lines[lines.len().saturating_sub(LAST_LINES)..] {
+                println!("   kernel| {line}");
+            }
         }
         for (scenario, _) in &plan.scripts {
             let lines = console::about_dax(&text, scenario);

@@ -34,7 +34,7 @@ end() {
 
 # run_suite ARGUMENTS...: the test program, for at most $limit seconds; it leaves no process behind.
 run_suite() {
-    echo "::suite"
+    echo "::suite $1"
     timeout -s KILL "$limit" "$suite" "$@"
     status=$?
     killall -q -KILL farpage-dax-suite
@@ -125,9 +125,11 @@ check_fs() {
     fi
 }
 
-# unmounted FOLDER: nothing is mounted there any more. The test program may have left it unmounted.
+mounted() { grep -q " /mnt/$1 " /proc/mounts; }
+
+# unmounted NAME: nothing is mounted in /mnt/NAME any more. The test program may have left it unmounted.
 unmounted() {
-    ! grep -q " $1 " /proc/mounts || umount "$1"
+    ! mounted "$1" || umount "/mnt/$1"
 }
 
 # prepare FS MEMORY MKFS-OPTIONS MOUNT-OPTIONS FOLDER
@@ -152,7 +154,7 @@ small_options() {
 # after FS: both file systems can be unmounted and are consistent.
 after() {
     for memory in main small; do
-        try "unmount $memory" unmounted "/mnt/$memory" && try "check $memory" check_fs "$1" $memory
+        try "unmount $memory" unmounted "$memory" && try "check $memory" check_fs "$1" $memory
     done
 }
 
@@ -162,8 +164,17 @@ file_system() {
     if prepare "$1" main "$2" "$3" /mnt/main && prepare "$1" small "$(small_options "$1" "$2")" "$3" /mnt/small; then
         tell_suite "$1" "$3"
         run_suite run --dir /mnt/main --expect "$4" --seconds "$seconds"
+        [ "$4" = refused ] || over_remount "$1" "$3" "$4"
     fi
     after "$1"
+}
+
+# over_remount FS MOUNT-OPTIONS EXPECT: what is written before the main file system is unmounted is there afterwards.
+over_remount() {
+    mounted main || try "mount main -t $1 -o $2" mount_fs "$1" main "$2" /mnt/main || return
+    run_suite run --dir /mnt/main --expect "$3" --phase write
+    try "unmount main" umount /mnt/main && try "mount main -t $1 -o $2 again" mount_fs "$1" main "$2" /mnt/main &&
+        run_suite run --dir /mnt/main --expect "$3" --phase check
 }
 
 # refuses_dax FS MKFS-OPTIONS: the kernel does not mount this file system with DAX.
@@ -188,6 +199,20 @@ device_dax() {
     run_suite devdax --device "/dev/$device"
 }
 
+# fuse_server: the test program serves a file system in /mnt/fuse whose files are pages of a file on ext4 with DAX.
+fuse_server() {
+    if ! "$suite" fuse --help >/dev/null 2>&1; then
+        echo "SKIPPED fuse: the test program does not serve a file system"
+        return
+    fi
+    if prepare ext4 main "-b 4096" dax=always /mnt/main; then
+        tell_suite ext4 dax=always
+        run_suite fuse --dir /mnt/main --mount /mnt/fuse --seconds "$seconds"
+    fi
+    try "unmount fuse" unmounted fuse
+    try "unmount main" unmounted main && try "check main" check_fs ext4 main
+}
+
 # --- Power loss ------------------------------------------------------------------------------------------------------
 
 # power_write FS ROUND: in the first round makes the file system in the memory power-FS. Writes in the background until
@@ -201,7 +226,7 @@ power_write() {
         try "mount power-$1 -t $1 -o dax=always" mount_fs "$1" "power-$1" dax=always "$folder" || return
     fi
     mkdir -p "$folder/$2" && sync
-    "$suite" powerloss write "$folder/$2" 2>&1 </dev/null | while read -r line; do echo "::power $1 $line"; done &
+    "$suite" powerloss write --dir "$folder/$2" 2>&1 </dev/null | while read -r line; do echo "::power $1 $line"; done &
 }
 
 power_options() {
@@ -216,7 +241,8 @@ power_check() {
         try "mount power-$1 -t $1 -o dax=always after the power loss" mount_fs "$1" "power-$1" dax=always "$folder"
     then
         told_mounted "$folder"
-        run_suite powerloss check "$folder/$2" "/etc/dax-vm/flushed-$1"
+        # shellcheck disable=SC2046
+        run_suite powerloss check --dir "$folder/$2" --acked $(cat "/etc/dax-vm/flushed-$1")
     fi
-    try "unmount power-$1" unmounted "$folder" && try "check power-$1" check_fs "$1" "power-$1"
+    try "unmount power-$1" unmounted "$1" && try "check power-$1" check_fs "$1" "power-$1"
 }

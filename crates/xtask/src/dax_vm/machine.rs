@@ -238,8 +238,10 @@ pub fn accel(kernel: &Path, initramfs: &Path, console: &Path) -> Result<(Accel, 
     let setup = Setup { accel: Accel::Kvm, kernel, initramfs, nvdimms: &[] };
     let mut complaint = String::new();
     let end = setup.start(console)?.watch(Duration::from_secs(20), |said| {
-        if let Said::Qemu(line) = said {
-            complaint = line;
+        match said {
+            // The first one is the reason.
+            Said::Qemu(line) if complaint.is_empty() => complaint = line,
+            _ => {}
         }
         None
     })?;

@@ -54,10 +54,10 @@ pub struct Args {
     /// How often the power is cut.
     #[arg(long, default_value_t = 2)]
     cuts: u32,
-    /// Seconds after which one run of the test program is killed [default: 120 and 10 times --seconds].
+    /// Seconds after which one run of the test program is killed [default: 300 and 10 times --seconds].
     #[arg(long)]
     limit: Option<u32>,
-    /// Seconds after which a machine is killed [default: 4 times --limit].
+    /// Seconds after which a machine is killed [default: 3 times --limit].
     #[arg(long)]
     timeout: Option<u32>,
 }
@@ -184,8 +184,8 @@ fn prepare(args: &Args, folder: PathBuf) -> Result<Bench, VmError> {
     if !why.is_empty() {
         println!("software emulation: {why}");
     }
-    let limit = args.limit.unwrap_or_else(|| args.seconds.saturating_mul(10).saturating_add(120));
-    let timeout = Duration::from_secs(args.timeout.unwrap_or(limit.saturating_mul(4)).into());
+    let limit = args.limit.unwrap_or_else(|| args.seconds.saturating_mul(10).saturating_add(300));
+    let timeout = Duration::from_secs(args.timeout.unwrap_or(limit.saturating_mul(3)).into());
     Ok(Bench { folder, kernel, accel, system, seconds: args.seconds, limit, timeout })
 }
 

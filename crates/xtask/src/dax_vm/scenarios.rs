@@ -75,11 +75,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "fuse",
         about: "a FUSE file system served from a file on ext4 with DAX",
-        kind: Script(
-            "if prepare ext4 main '-b 4096' dax=always /mnt/main; then\n    \
-             run_suite fuse --dir /mnt/main --mount /mnt/fuse --seconds \"$seconds\"\nfi\n\
-             try 'unmount fuse' unmounted /mnt/fuse\ntry 'unmount main' unmounted /mnt/main && try 'check main' check_fs ext4 main",
-        ),
+        kind: Script("fuse_server"),
     },
     Scenario {
         name: "powerloss",
