@@ -147,6 +147,13 @@ impl Inner {
         Ok(start as Pfn..end as Pfn)
     }
 
+    /// The bytes of these pages that the file has, for people.
+    pub fn bytes_of(&self, pages: &Range<Pfn>) -> Range<u64> {
+        let range = bytes(pages);
+        let end = self.len().unwrap_or(u64::MAX);
+        range.start..range.end.min(end.max(range.start))
+    }
+
     pub fn check_open(&self) -> Result<(), DaxError> {
         if self.table.is_ours() && !self.closed.load(Ordering::Acquire) {
             return Ok(());
@@ -190,7 +197,12 @@ impl Inner {
         let living = self.table.living();
         let pid = living.iter().find(|(owner, ..)| Some(*owner) == cutter).map(|(_, pid, _)| *pid);
         users.retain(|user| Some(user.pid) == pid);
-        Err(DaxError::Held { path: self.path.clone(), range: bytes(pages), users, waited: self.options.wait })
+        Err(DaxError::Held {
+            path: self.path.clone(),
+            range: self.bytes_of(pages),
+            users,
+            waited: self.options.wait,
+        })
     }
 
     /// Gives references back, and says so to those who wait.

@@ -55,6 +55,8 @@ mod slot {
     pub const STATE: usize = 0;
     pub const PID: usize = 1;
     pub const LIFE: usize = 2;
+    /// Not 0: it has the file open, or is about to.
+    pub const USER: usize = 3;
     pub const COMMAND: usize = 4;
 
     /// Its process has not raised its life sign yet; it holds the file's lock until it has.
@@ -165,15 +167,27 @@ impl Table {
     }
 
     /// This process's table of that name: the one it has, or one that it joins or makes, with counts for at least
-    /// `frames` pages if nobody else uses it yet. `file` is for people.
-    pub(super) fn attach(path: &Path, file: &Path, frames: u32) -> Result<Arc<Self>, TableError> {
+    /// `frames` pages if nobody else uses it yet. `file` is for people. `looks`: only to see who uses it, which makes
+    /// nobody a user.
+    pub(super) fn attach(
+        path: &Path,
+        file: &Path,
+        frames: u32,
+        looks: bool,
+    ) -> Result<Arc<Self>, TableError> {
         let pid = std::process::id();
         let mut tables = TABLES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         tables.retain(|(_, of, table)| *of == pid && table.strong_count() > 0);
         if let Some(table) = tables.iter().find(|(p, ..)| p == path).and_then(|(.., table)| table.upgrade()) {
+            if !looks {
+                table.become_user();
+            }
             return Ok(table);
         }
         let table = Self::join(path, file, frames)?;
+        if !looks {
+            table.become_user();
+        }
         tables.push((path.to_owned(), pid, Arc::downgrade(&table)));
         Ok(table)
     }
@@ -233,9 +247,15 @@ impl Table {
         slots.of(owner)[slot::STATE].store(slot::LIVE, Ordering::Release);
         rustix::fs::flock(&joined.file, FlockOperation::Unlock)?;
         joined.reap();
-        // Somebody may have a lease that is in our way.
-        joined.announce();
         Ok(joined)
+    }
+
+    /// From now on this process is a user of the file. If somebody has a lease, that is in its way.
+    fn become_user(&self) {
+        // SeqCst, with `is_shared`: whoever takes a lease after this sees it, and whoever has one is told.
+        if self.slots.of(self.owner)[slot::USER].swap(1, Ordering::SeqCst) == 0 {
+            self.announce();
+        }
     }
 
     /// The counts.
@@ -336,7 +356,8 @@ impl Table {
 
     /// Those who have the file open: slot, process, command.
     pub(super) fn living(&self) -> Vec<(Owner, u32, String)> {
-        let alive = self.slots.all().filter(|owner| self.slots.is_alive(*owner));
+        let uses = |owner: &Owner| self.slots.of(*owner)[slot::USER].load(Ordering::Relaxed) != 0;
+        let alive = self.slots.all().filter(|owner| self.slots.is_alive(*owner)).filter(uses);
         alive
             .map(|owner| {
                 let slot = self.slots.of(owner);
@@ -353,7 +374,8 @@ impl Table {
 
     /// Whether another process has the file open.
     pub(super) fn is_shared(&self) -> bool {
-        self.slots.all().any(|owner| owner != self.owner && self.slots.state(owner) != 0)
+        let uses = |owner| self.slots.of(owner)[slot::USER].load(Ordering::SeqCst) != 0;
+        self.slots.all().any(|owner| owner != self.owner && self.slots.state(owner) != 0 && uses(owner))
     }
 
     /// Gives back what the dead held and ends what they were at; true if there were any.
@@ -412,14 +434,19 @@ fn open_locked(path: &Path) -> Result<OwnedFd, TableError> {
     let me = rustix::process::geteuid();
     let foreign = |uid: u32| uid != me.as_raw() && uid != 0 && !me.is_root();
     loop {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = match rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR) {
-            Ok(file) => file,
-            Err(Errno::ACCESS | Errno::PERM) => {
-                let uid = rustix::fs::lstat(path).map_or(u32::MAX, |stat| stat.st_uid);
-                return Err(if foreign(uid) { TableError::Foreign(uid) } else { Errno::ACCESS.into() });
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // With O_CREAT the kernel may refuse another's file in a directory of all (fs.protected_regular), root, too.
+        let create = flags | OFlags::CREATE | OFlags::EXCL;
+        let file = match rustix::fs::open(path, flags, Mode::empty()) {
+            Err(Errno::NOENT) => match rustix::fs::open(path, create, Mode::RUSR | Mode::WUSR) {
+                Err(Errno::EXIST) => continue, // another was quicker
+                file => file?,
+            },
+            Err(e @ (Errno::ACCESS | Errno::PERM)) => {
+                let owner = rustix::fs::lstat(path).map(|stat| stat.st_uid).ok();
+                return Err(owner.filter(|uid| *uid != me.as_raw()).map_or(e.into(), TableError::Foreign));
             }
-            Err(e) => return Err(e.into()),
+            file => file?,
         };
         let stat = rustix::fs::fstat(&file)?;
         if foreign(stat.st_uid) {
@@ -451,6 +478,7 @@ fn claim(slots: Slots) -> Result<Owner, TableError> {
     slots.used.fetch_max(u32::from(owner), Ordering::AcqRel);
     let slot = slots.of(owner);
     slot[slot::STATE].store(slot::FORMING, Ordering::Relaxed);
+    slot[slot::USER].store(0, Ordering::Relaxed);
     slot[slot::PID].store(std::process::id(), Ordering::Relaxed);
     let command = std::fs::read("/proc/self/comm").unwrap_or_default();
     let mut name = [0u8; 16];
