@@ -4,6 +4,7 @@
 
 mod cases;
 mod devdax;
+mod fuse;
 mod pages;
 mod peer;
 mod place;
@@ -65,6 +66,21 @@ enum Command {
         #[arg(long)]
         device: PathBuf,
     },
+    /// Tries a FUSE file system that is served from a DAX file.
+    Fuse {
+        /// A directory on the file system that the file is to be on.
+        #[arg(long, visible_alias = "source")]
+        dir: PathBuf,
+        /// Where it is mounted.
+        #[arg(long)]
+        mount: PathBuf,
+        /// What the file system is expected to be.
+        #[arg(long, default_value = "dax")]
+        expect: Expect,
+        /// As for `run`.
+        #[arg(long, default_value_t = 2)]
+        seconds: u64,
+    },
     /// Writes records until the power goes, and looks afterwards for those that were said to be durable.
     Powerloss {
         #[command(subcommand)]
@@ -100,12 +116,15 @@ struct PlaceArgs {
     /// Where the tables are: without it a directory of each case's own.
     #[arg(long)]
     tables: Option<PathBuf>,
+    /// Where a FUSE file system can be mounted: without it in a directory of the case's own.
+    #[arg(long)]
+    mount: Option<PathBuf>,
 }
 
 impl PlaceArgs {
     fn place(self) -> Place {
         let tables = self.tables.unwrap_or_else(|| PathBuf::from("/dev/shm"));
-        Place { dir: self.dir, expect: self.expect, seconds: self.seconds, tables }
+        Place { dir: self.dir, expect: self.expect, seconds: self.seconds, tables, mount: self.mount }
     }
 }
 
@@ -116,6 +135,10 @@ fn main() -> ExitCode {
         Command::List { expect } => {
             cases::all(expect).for_each(|case| println!("{}", case.name));
             ExitCode::SUCCESS
+        }
+        Command::Fuse { dir, mount, expect, seconds } => {
+            let place = PlaceArgs { dir, expect, seconds, tables: None, mount: Some(mount) };
+            run::run(&place.place(), Some("fuse-"))
         }
         Command::Devdax { device } => devdax::run(&device),
         Command::Powerloss { command } => powerloss::run(command),

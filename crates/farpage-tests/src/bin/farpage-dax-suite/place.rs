@@ -39,6 +39,8 @@ pub struct Place {
     /// How long it tries random moments.
     pub seconds: u64,
     pub tables: PathBuf,
+    /// Where FUSE is to be mounted, if that matters.
+    pub mount: Option<PathBuf>,
 }
 
 /// Too short for anybody who holds pages to give them up.
@@ -72,7 +74,7 @@ impl Place {
 
     /// The arguments with which another process finds the same place.
     pub fn args(&self) -> Vec<std::ffi::OsString> {
-        vec![
+        let mut args = vec![
             "--dir".into(),
             self.dir.clone().into(),
             "--expect".into(),
@@ -81,6 +83,10 @@ impl Place {
             self.seconds.to_string().into(),
             "--tables".into(),
             self.tables.clone().into(),
-        ]
+        ];
+        if let Some(mount) = &self.mount {
+            args.extend(["--mount".into(), mount.clone().into()]);
+        }
+        args
     }
 }

@@ -2,6 +2,7 @@
 
 mod data;
 mod forks;
+mod fuse;
 mod holders;
 mod io;
 mod killed;
@@ -43,6 +44,7 @@ const USE: &[&[Case]] = &[
     forks::CASES,
     leases::CASES,
     space::CASES,
+    fuse::CASES,
     killed::CASES,
     races::CASES,
 ];
@@ -51,4 +53,14 @@ const USE: &[&[Case]] = &[
 pub fn all(expect: Expect) -> impl Iterator<Item = &'static Case> {
     let tables = if expect == Expect::Refused { &[open::REFUSED] } else { USE };
     tables.iter().flat_map(|table| table.iter())
+}
+
+/// Those that are called so, or have it in their names if none is called so.
+pub fn chosen(expect: Expect, only: Option<&str>) -> impl Iterator<Item = &'static Case> {
+    let exact = all(expect).any(|case| Some(case.name) == only);
+    all(expect).filter(move |case| match only {
+        Some(only) if exact => case.name == only,
+        Some(only) => case.name.contains(only),
+        None => true,
+    })
 }
