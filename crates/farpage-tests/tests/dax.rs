@@ -42,7 +42,7 @@ fn main() -> ExitCode {
     let mut tests: Vec<Test> = Vec::new();
     let mut cases = 0;
     for (fs, dir) in &dirs {
-        for expect in ["page-cache", "refused"] {
+        for expect in ["page-cache", "refused", "device"] {
             for name in names(expect) {
                 cases += 1;
                 let dir = dir.clone();

@@ -3,7 +3,7 @@
 //! is told like any other failure. The program needs nothing but itself: other processes are itself again.
 
 mod cases;
-mod devdax;
+mod device;
 mod fuse;
 mod pages;
 mod peer;
@@ -65,6 +65,9 @@ enum Command {
         /// The device.
         #[arg(long)]
         device: PathBuf,
+        /// As for `run`.
+        #[arg(long, default_value_t = 2)]
+        seconds: u64,
     },
     /// Tries a FUSE file system that is served from a DAX file.
     Fuse {
@@ -119,12 +122,22 @@ struct PlaceArgs {
     /// Where a FUSE file system can be mounted: without it in a directory of the case's own.
     #[arg(long)]
     mount: Option<PathBuf>,
+    /// A device-dax device, for `device`: without it a file in its place.
+    #[arg(long)]
+    device: Option<PathBuf>,
 }
 
 impl PlaceArgs {
     fn place(self) -> Place {
         let tables = self.tables.unwrap_or_else(|| PathBuf::from("/dev/shm"));
-        Place { dir: self.dir, expect: self.expect, seconds: self.seconds, tables, mount: self.mount }
+        Place {
+            dir: self.dir,
+            expect: self.expect,
+            seconds: self.seconds,
+            tables,
+            mount: self.mount,
+            device: self.device,
+        }
     }
 }
 
@@ -137,10 +150,20 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Command::Fuse { dir, mount, expect, seconds } => {
-            let place = PlaceArgs { dir, expect, seconds, tables: None, mount: Some(mount) };
+            let place = PlaceArgs { dir, expect, seconds, tables: None, mount: Some(mount), device: None };
             run::run(&place.place(), Some("fuse-"))
         }
-        Command::Devdax { device } => devdax::run(&device),
+        Command::Devdax { device, seconds } => {
+            let args = PlaceArgs {
+                dir: std::env::temp_dir(),
+                expect: Expect::Device,
+                seconds,
+                tables: None,
+                mount: None,
+                device: Some(device),
+            };
+            run::run(&args.place(), None)
+        }
         Command::Powerloss { command } => powerloss::run(command),
         Command::Case { place, name } => run::case(&place.place(), &name),
         Command::Peer { place } => peer::serve(&place.place()),

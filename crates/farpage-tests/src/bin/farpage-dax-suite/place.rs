@@ -18,6 +18,8 @@ pub enum Expect {
     PageCache,
     /// Not DAX: files are refused, with the reason.
     Refused,
+    /// Not a file system, but a device.
+    Device,
 }
 
 impl fmt::Display for Expect {
@@ -26,6 +28,7 @@ impl fmt::Display for Expect {
             Self::Dax => "dax",
             Self::PageCache => "page-cache",
             Self::Refused => "refused",
+            Self::Device => "device",
         })
     }
 }
@@ -41,6 +44,8 @@ pub struct Place {
     pub tables: PathBuf,
     /// Where FUSE is to be mounted, if that matters.
     pub mount: Option<PathBuf>,
+    /// A device-dax device.
+    pub device: Option<PathBuf>,
 }
 
 /// Too short for anybody who holds pages to give them up.
@@ -86,6 +91,9 @@ impl Place {
         ];
         if let Some(mount) = &self.mount {
             args.extend(["--mount".into(), mount.clone().into()]);
+        }
+        if let Some(device) = &self.device {
+            args.extend(["--device".into(), device.clone().into()]);
         }
         args
     }

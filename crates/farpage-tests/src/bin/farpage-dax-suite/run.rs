@@ -107,6 +107,10 @@ fn one(place: &Place, case: &Case) -> Outcome<Verdict> {
     match status.code() {
         Some(0) => {
             nothing_left(&tables.0)?;
+            if place.device.is_some() {
+                let device = crate::device::open(&place)?;
+                ensure!(device.audit().is_empty() && device.in_use() == 0, "the device is still used");
+            }
             Ok(Verdict::Passed)
         }
         Some(n) if n == i32::from(SKIP) => Ok(Verdict::Skipped(out)),

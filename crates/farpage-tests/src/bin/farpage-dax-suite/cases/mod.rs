@@ -1,6 +1,7 @@
 //! The cases, by topic.
 
 mod data;
+mod device;
 mod forks;
 mod fuse;
 mod holders;
@@ -51,8 +52,15 @@ const USE: &[&[Case]] = &[
 
 /// The cases for a file system of this kind.
 pub fn all(expect: Expect) -> impl Iterator<Item = &'static Case> {
-    let tables = if expect == Expect::Refused { &[open::REFUSED] } else { USE };
-    tables.iter().flat_map(|table| table.iter())
+    let tables: &[&[Case]] = match expect {
+        Expect::Dax => &[open::DAX],
+        Expect::PageCache => &[],
+        Expect::Refused => &[open::REFUSED],
+        Expect::Device => &[device::CASES],
+    };
+    let use_of_files = if matches!(expect, Expect::Dax | Expect::PageCache) { USE } else { &[] };
+    let tables = tables.iter().chain(use_of_files);
+    tables.flat_map(|table| table.iter())
 }
 
 /// Those that are called so, or have it in their names if none is called so.

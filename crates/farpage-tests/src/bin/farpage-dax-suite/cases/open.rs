@@ -7,8 +7,9 @@ use super::{Case, PASSED, case};
 use crate::place::{Expect, Place};
 use crate::{Outcome, ensure, pages};
 
-pub const CASES: &[Case] =
-    &[case("open", open), case("open-not-a-file", not_a_file), case("open-huge", huge)];
+pub const CASES: &[Case] = &[case("open", open), case("open-not-a-file", not_a_file)];
+/// For files in the page cache addresses are up to their file system.
+pub const DAX: &[Case] = &[case("open-huge", huge)];
 pub const REFUSED: &[Case] = &[case("refused", refused), case("refused-page-cache", accepted)];
 
 fn open(place: &Place) -> Outcome<Verdict> {
@@ -74,9 +75,6 @@ fn not_a_file(place: &Place) -> Outcome<Verdict> {
 /// A mapping lies as the file does, so that huge pages can be used; under DAX the kernel says whether it does.
 fn huge(place: &Place) -> Outcome<Verdict> {
     const HUGE: u64 = 2 << 20;
-    if place.expect != Expect::Dax {
-        return super::skipped("for files in the page cache it is up to their file system");
-    }
     let file = place.options().create(place.path("file"))?;
     file.allocate(0..4 * HUGE)?;
     for start in [0, HUGE, HUGE / 2] {
