@@ -37,7 +37,7 @@ fn run(table: &Weak<Table>, event: &'static AtomicU32) {
         let Some(table) = table.upgrade() else { return };
         // Before it serves: a cut that ends then is served once more.
         let cutting = table.cuts().any();
-        table.serve_files();
+        let leased = table.serve_files();
         table.serve(seen);
         // Whoever cuts may die, which wakes nobody.
         if cutting {
@@ -48,6 +48,6 @@ fn run(table: &Weak<Table>, event: &'static AtomicU32) {
         if weak.strong_count() == 0 {
             return; // it was ours to drop, and its words are another's now
         }
-        futex_wait(event, seen, cutting.then_some(ROUND));
+        futex_wait(event, seen, (cutting || leased).then_some(ROUND));
     }
 }

@@ -1,6 +1,6 @@
 //! Changes that take pages out of a file: break layout, in user space and for the affected range only.
 //!
-//! 1. A [cut](super::cuts) is entered: nobody takes a new reference to a page of the range, in no process.
+//! 1. A [cut](crate::frame::cuts) is entered: nobody takes a new reference to a page of the range, in no process.
 //! 2. Pins are waited for. Mappings stay as they are meanwhile.
 //! 3. Mappings are given up, by the agent of each process.
 //! 4. Every count of the range is 0. Then, and only then, the file is changed.
@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::FallocateFlags;
 
-use super::cuts::Cut;
 use super::error::DaxError;
 use super::file::{DaxFile, Inner};
 use super::users::bytes;
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
+use crate::frame::cuts::Cut;
 
 /// A change that takes pages out of a file; offsets and lengths in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -128,9 +128,9 @@ impl DaxFile {
         let done = if pages.is_empty() {
             change.apply(file)
         } else {
-            let deadline = Instant::now() + wait.timeout;
-            let mut under = enter(file, &pages, wait, deadline)?;
-            under.make_idle(wait, deadline)?;
+            let mut patience = Patience { wait, began: None };
+            let mut under = enter(file, &pages, &mut patience)?;
+            under.make_idle(&mut patience)?;
             change.apply(file)
         };
         if done.is_ok() && matches!(change, Change::Truncate(_)) {
@@ -140,12 +140,32 @@ impl DaxFile {
     }
 }
 
+/// So long after that; or in a hundred years, if a clock does not go as far.
+pub(super) fn after(start: Instant, timeout: Duration) -> Instant {
+    start.checked_add(timeout).unwrap_or_else(|| start + Duration::from_secs(100 * 365 * 86_400))
+}
+
+/// How long somebody has waited, from when he first had to: most never have to, and do not look at the clock.
+struct Patience<'w> {
+    wait: &'w Wait<'w>,
+    began: Option<Instant>,
+}
+
+impl Patience<'_> {
+    fn deadline(&mut self) -> Instant {
+        after(*self.began.get_or_insert_with(Instant::now), self.wait.timeout)
+    }
+
+    fn waited(&self) -> Duration {
+        self.began.map_or(Duration::ZERO, |began| began.elapsed())
+    }
+}
+
 /// Enters a cut, after those that overlap with it.
 fn enter<'f>(
     file: &'f Inner,
     pages: &Range<Pfn>,
-    wait: &Wait<'_>,
-    deadline: Instant,
+    patience: &mut Patience<'_>,
 ) -> Result<Under<'f>, DaxError> {
     let table = &file.table;
     loop {
@@ -157,19 +177,18 @@ fn enter<'f>(
             return Ok(Under { file, cut, unmapped: false });
         }
         drop(locked);
-        if wait.is_stopped() {
+        if patience.wait.is_stopped() {
             return Err(DaxError::Interrupted { path: file.path.clone(), range: bytes(pages) });
         }
-        file.wait_for_cut(event, deadline, pages)?;
+        file.wait_for_cut(event, patience.deadline(), pages)?;
     }
 }
 
 impl Under<'_> {
     /// Waits until every count is 0.
-    fn make_idle(&mut self, wait: &Wait<'_>, deadline: Instant) -> Result<(), DaxError> {
+    fn make_idle(&mut self, patience: &mut Patience<'_>) -> Result<(), DaxError> {
         let table = &self.file.table;
         let pages = self.cut.pages.clone();
-        let began = Instant::now();
         let mut told = false;
         loop {
             let event = table.event();
@@ -189,16 +208,16 @@ impl Under<'_> {
                 table.announce();
                 continue;
             }
-            if wait.is_stopped() {
+            if patience.wait.is_stopped() {
                 return Err(DaxError::Interrupted { path: self.file.path.clone(), range: bytes(&pages) });
             }
-            if !table.wait(event, deadline) {
+            if !table.wait(event, patience.deadline()) {
                 let (range, end) = (bytes(&pages), self.file.len().unwrap_or(u64::MAX));
                 return Err(DaxError::Held {
                     path: self.file.path.clone(),
                     range: range.start..range.end.min(end.max(range.start)),
                     users: table.holders_of(&pages),
-                    waited: began.elapsed(),
+                    waited: patience.waited(),
                 });
             }
         }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::cuts::{Cut, Phase};
+use super::change::after;
 use super::error::{DaxError, TableError};
 use super::lease::PinLease;
 use super::mapping::DaxMapping;
@@ -21,6 +21,7 @@ use super::users::{Difference, User, bytes};
 use super::{Change, Wait};
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
+use crate::frame::cuts::{Cut, Phase};
 use crate::frame::ledger::HolderKind;
 use crate::pagemap::{HoldError, Run};
 use crate::space::pin::Pin;
@@ -96,6 +97,9 @@ impl Inner {
             closed: AtomicBool::new(false),
             revoked: AtomicU64::new(0),
         });
+        if inner.options.lease {
+            crate::sys::dax::mind_no_lease_break(inner.fd.as_fd());
+        }
         let mut files = inner.table.files.lock();
         files.retain(|file| file.strong_count() > 0);
         files.push(Arc::downgrade(&inner));
@@ -198,12 +202,11 @@ impl Inner {
     /// A pin for the length of a call.
     pub fn pin_bytes(self: &Arc<Self>, range: &Range<u64>) -> Result<DaxPin, DaxError> {
         let pages = self.pages_of(range);
-        // Beyond the end of the file: what was there has been cut off.
-        let pages = pages.map_err(|e| match e {
+        // Beyond the end of the file, now or when the pages are pinned: what was there has been cut off.
+        pages.and_then(|pages| DaxPin::new(self, pages, Pin::Short)).map_err(|e| match e {
             DaxError::Range { .. } => DaxError::Cut { path: self.path.clone(), range: range.clone() },
             e => e,
-        })?;
-        DaxPin::new(self, pages, Pin::Short)
+        })
     }
 
     pub fn read_at(&self, buf: &mut [u8], at: u64) -> Result<usize, DaxError> {
@@ -459,7 +462,7 @@ impl DaxFile {
     pub fn close(self, wait: &Wait<'_>) -> Result<(), CloseError> {
         let inner = &self.0;
         inner.closed.store(true, Ordering::Release);
-        let deadline = Instant::now() + wait.timeout;
+        let deadline = after(Instant::now(), wait.timeout);
         loop {
             let event = inner.table.event();
             if inner.holds.load(Ordering::Acquire) == 0 {

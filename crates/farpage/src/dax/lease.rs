@@ -2,7 +2,10 @@
 //!
 //! A write lease (`F_SETLEASE`) can be had while nobody else has the file open. Whoever opens it then waits in the kernel until
 //! the lease is given back, at most `/proc/sys/fs/lease-break-time` (45 s); so does a `truncate` by name. It is given
-//! back with the last pin, and at once when another farpage process opens the file: that one sees our pins.
+//! back soon after the last pin, and at once when another farpage process opens the file: that one sees our pins.
+//!
+//! Taking a lease costs more than pinning, so it is kept for a few rounds of the agent ([`super::table::ROUND`]): pins that
+//! follow each other share it, and a stranger waits that much longer.
 
 use std::os::fd::AsFd;
 
@@ -18,6 +21,8 @@ pub(super) struct PinLease(Mutex<State>);
 struct State {
     pins: u32,
     had: bool,
+    /// Nothing was pinned at the agent's last look.
+    idle: bool,
 }
 
 impl Default for PinLease {
@@ -34,12 +39,19 @@ impl PinLease {
         }
         let mut state = self.0.lock();
         state.pins += 1;
-        if state.pins == 1 && !file.table.is_shared() {
-            // Whether it can be had is the system's affair: docs/dax.md says when.
-            state.had = dax::set_lease(file.fd.as_fd(), Lease::Write).is_ok();
-            // One who came meanwhile has announced himself before we had it.
-            if state.had && file.table.is_shared() {
+        state.idle = false;
+        if state.had || state.pins > 1 || file.table.is_shared() {
+            return;
+        }
+        // Whether it can be had is the system's affair: docs/dax.md says when.
+        state.had = dax::set_lease(file.fd.as_fd(), Lease::Write).is_ok();
+        if state.had {
+            if file.table.is_shared() {
+                // One who came meanwhile has announced himself before we had it.
                 state.give_back(file);
+            } else {
+                // The agent is to look when it can go.
+                file.table.announce();
             }
         }
     }
@@ -47,17 +59,19 @@ impl PinLease {
     /// One pin less.
     pub fn unpinned(&self, file: &Inner) {
         if file.options.lease {
-            let mut state = self.0.lock();
-            state.pins -= 1;
-            if state.pins == 0 {
-                state.give_back(file);
-            }
+            self.0.lock().pins -= 1;
         }
     }
 
-    /// Another process of ours wants to open the file.
-    fn yield_to_others(&self, file: &Inner) {
-        self.0.lock().give_back(file);
+    /// The agent's look; true if it is to look again.
+    fn look(&self, file: &Inner, shared: bool) -> bool {
+        let mut state = self.0.lock();
+        let unused = state.pins == 0;
+        if shared || (unused && state.idle) {
+            state.give_back(file);
+        }
+        state.idle = unused;
+        state.had
     }
 }
 
@@ -71,18 +85,15 @@ impl State {
 
 impl Table {
     /// For the agent: gives leases back that are in the way of others who use the table, and tells those whose long-term
-    /// pins are in the way of a cut.
-    pub(super) fn serve_files(&self) {
+    /// pins are in the way of a cut. True: it is to look again in a [`super::table::ROUND`].
+    pub(super) fn serve_files(&self) -> bool {
         let files: Vec<_> = self.files.lock().iter().filter_map(std::sync::Weak::upgrade).collect();
-        if files.is_empty() {
-            return;
-        }
         let shared = self.is_shared();
+        let mut again = false;
         for file in files {
-            if shared {
-                file.lease.yield_to_others(&file);
-            }
+            again |= file.lease.look(&file, shared);
             file.revoke();
         }
+        again
     }
 }

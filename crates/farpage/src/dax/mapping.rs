@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use super::cuts::{Cut, Phase};
+use super::change::after;
 use super::error::DaxError;
 use super::file::{Access, Inner};
 use super::pin::DaxPin;
@@ -16,13 +16,12 @@ use super::touch::{self, Watch, Watched};
 use super::users::bytes;
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
+use crate::frame::cuts::{Cut, Phase};
 use crate::frame::ledger::HolderKind;
 use crate::pagemap::Run;
 use crate::space::pin::Pin;
 use crate::sys::{self, Mutex, dax};
 
-/// Bytes of a huge page, which device and page tables can map as one where file and address are aligned alike.
-const HUGE: usize = 2 << 20;
 /// Runs of a mapping that was cut often, before they are made one again.
 const MANY_RUNS: usize = 16;
 
@@ -221,7 +220,11 @@ impl DaxMapping {
     pub(super) fn new(file: &Arc<Inner>, pages: Range<Pfn>) -> Result<Self, DaxError> {
         let table = &file.table;
         let len = pages.len() * PAGE_SIZE;
-        let addr = reserve(len, bytes(&pages).start as usize).map_err(|e| file.failed("map", e))?;
+        let sync = matches!(file.access, Access::Direct { map_sync: true });
+        // Where huge pages can be, the kernel chooses an address that lies to one as the file's offset does. Nobody knows
+        // the address yet, so nobody reaches pages through it before they are held.
+        let addr = dax::map_file(file.fd.as_fd(), bytes(&pages).start, len, sync);
+        let addr = addr.map_err(|e| file.failed("map", e))?;
         let unmap = |e| {
             let _gone = sys::unmap(addr, len);
             e
@@ -237,7 +240,7 @@ impl DaxMapping {
         let watched = touch::watch(watch).map_err(|why| unmap(file.table_error(why)))?;
         let mut mapped =
             Mapped { file: file.clone(), addr, pages: pages.clone(), runs: Vec::new(), gap: false };
-        let deadline = Instant::now() + file.options.wait;
+        let mut deadline = None;
         let state = loop {
             // Under the list's lock, so that the agent finds it with what it holds.
             let mut mappings = table.mappings.lock();
@@ -245,17 +248,14 @@ impl DaxMapping {
             match file.try_run(HolderKind::Mapping, &pages).map_err(unmap)? {
                 Ok(run) => {
                     mapped.runs.push(run);
-                    if let Err(e) = mapped.map(&pages) {
-                        mapped.runs.drain(..).for_each(|run| file.give_back(run));
-                        return Err(unmap(file.failed("map", e)));
-                    }
                     let state = Arc::new(Mutex::new(mapped));
                     mappings.push(state.clone());
                     break state;
                 }
                 Err(_cut) => {
                     drop(mappings);
-                    file.wait_for_cut(event, deadline, &pages).map_err(unmap)?;
+                    let deadline = deadline.get_or_insert_with(|| after(Instant::now(), file.options.wait));
+                    file.wait_for_cut(event, *deadline, &pages).map_err(unmap)?;
                 }
             }
         };
@@ -401,42 +401,19 @@ impl Drop for Map {
     }
 }
 
-/// Address space of `len` bytes at an address that lies to a huge page as `offset` does.
-fn reserve(len: usize, offset: usize) -> Result<usize, rustix::io::Errno> {
-    if len < HUGE {
-        return sys::reserve(None, len);
-    }
-    let all = len.checked_add(HUGE).ok_or(rustix::io::Errno::NOMEM)?;
-    let base = sys::reserve(None, all)?;
-    let addr = base + (offset.wrapping_sub(base)) % HUGE;
-    for (from, to) in [(base, addr), (addr + len, base + all)] {
-        if from < to {
-            sys::unmap(from, to - from)?;
-        }
-    }
-    Ok(addr)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn what_is_left_of_a_range() {
-        let left = |others: &[Range<Pfn>]| without(10..20, others.iter().cloned());
-        assert_eq!(left(&[]), [10..20]);
-        assert_eq!(left(&[0..10, 20..30]), [10..20]);
-        assert_eq!(left(&[15..40, 0..12]), [12..15]);
-        assert_eq!(left(&[12..13, 11..14, 18..19]), [10..11, 14..18, 19..20]);
+        let left = |others: &[Range<Pfn>]| -> Vec<(Pfn, Pfn)> {
+            without(10..20, others.iter().cloned()).into_iter().map(|r| (r.start, r.end)).collect()
+        };
+        assert_eq!(left(&[]), [(10, 20)]);
+        assert_eq!(left(&[0..10, 20..30]), [(10, 20)]);
+        assert_eq!(left(&[15..40, 0..12]), [(12, 15)]);
+        assert_eq!(left(&[12..13, 11..14, 18..19]), [(10, 11), (14, 18), (19, 20)]);
         assert_eq!(left(&[0..15, 15..u32::MAX]), []);
-    }
-
-    #[test]
-    fn addresses_lie_as_the_file_does() {
-        for offset in [0, 4096, HUGE + 8192, HUGE - 4096] {
-            let addr = reserve(HUGE + 4096, offset).unwrap();
-            assert_eq!(addr % HUGE, offset % HUGE);
-            sys::unmap(addr, HUGE + 4096).unwrap();
-        }
     }
 }

@@ -45,7 +45,6 @@
 
 mod agent;
 mod change;
-mod cuts;
 mod error;
 mod file;
 mod heads;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use super::change::after;
 use super::error::DaxError;
 use super::file::Inner;
 use super::mapping::Map;
@@ -33,7 +34,7 @@ impl DaxPin {
             Pin::LongTerm if file.options.revoke.is_some() => HolderKind::LongPin,
             Pin::LongTerm => return Err(DaxError::LongTerm { path: file.path.clone() }),
         };
-        let deadline = Instant::now() + file.options.wait;
+        let mut deadline = None;
         loop {
             let event = file.table.event();
             match file.try_run(kind, &pages)? {
@@ -42,7 +43,10 @@ impl DaxPin {
                     file.lease.pinned(file);
                     return Ok(Self { file: file.clone(), run: Some(run), pages, mapped: None });
                 }
-                Err(_cut) => file.wait_for_cut(event, deadline, &pages)?,
+                Err(_cut) => {
+                    let deadline = deadline.get_or_insert_with(|| after(Instant::now(), file.options.wait));
+                    file.wait_for_cut(event, *deadline, &pages)?;
+                }
             }
         }
     }

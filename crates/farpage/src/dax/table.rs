@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::cuts::{CUTS, Cuts};
 use super::error::TableError;
 use super::file::Inner;
 use super::heads::{Head, OwnHead};
 use super::mapping::Mapped;
 use crate::PAGE_SIZE;
+use crate::frame::cuts::{CUTS, Cuts};
 use crate::frame::{MAX_OWNER, Owner, Pfn};
 use crate::pagemap::{DriverId, MemoryType, Pagemap, PagemapOps, Registration};
 use crate::sys::{Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake};
@@ -41,6 +41,7 @@ mod word {
     pub const PATH_LEN: usize = 5;
     pub const WAITERS: usize = 6;
     pub const GAPS: usize = 7;
+    pub const SLOTS_USED: usize = 8;
 }
 /// The file's name, for people.
 const PATH: std::ops::Range<usize> = 64..1024;
@@ -85,12 +86,16 @@ pub struct Table {
     agent: OnceLock<std::thread::JoinHandle<()>>,
 }
 
+/// The slots, and the number of the highest that was ever used.
 #[derive(Clone, Copy)]
-struct Slots(&'static [AtomicU32]);
+struct Slots {
+    words: &'static [AtomicU32],
+    used: &'static AtomicU32,
+}
 
 impl Slots {
     fn of(&self, owner: Owner) -> &'static [AtomicU32] {
-        &self.0[usize::from(owner) * SLOT..][..SLOT]
+        &self.words[usize::from(owner) * SLOT..][..SLOT]
     }
 
     fn state(&self, owner: Owner) -> u32 {
@@ -105,7 +110,8 @@ impl Slots {
     }
 
     fn all(&self) -> impl Iterator<Item = Owner> + '_ {
-        1..=MAX_OWNER
+        // Acquire pairs with `claim`: a slot that is in use is among them.
+        1..=self.used.load(Ordering::Acquire) as Owner
     }
 
     fn any_alive(&self) -> bool {
@@ -177,7 +183,7 @@ impl Table {
         let fail = |e: Errno| TableError::Sys(e);
         let mut size = rustix::fs::fstat(&file)?.st_size as usize;
         let head = OwnHead::map(file.as_fd())?;
-        if size < HEAD + SLOTS || head.word(word::MAGIC) == 0 || !any_alive(&file)? {
+        if size < HEAD + SLOTS || head.word(word::MAGIC) == 0 || !any_alive(&file, &head)? {
             // Nobody's: whatever is in it was left by the dead.
             rustix::fs::ftruncate(&file, 0)?;
             size = HEAD + SLOTS + Pagemap::shared_len(frames);
@@ -203,7 +209,7 @@ impl Table {
         let counts = body.area(SLOTS, size - HEAD - SLOTS);
         let pagemap = Pagemap::register(what, counts, create).map_err(|_| TableError::Version)?;
         head.publish();
-        let slots = Slots(body.area(0, SLOTS).atomics32());
+        let slots = Slots { words: body.area(0, SLOTS).atomics32(), used: &head.words()[word::SLOTS_USED] };
         let owner = claim(slots)?;
         let joined = Arc::new(Self {
             path: path.to_owned(),
@@ -244,7 +250,7 @@ impl Table {
 
     /// Whether this process made it, and is not a forked child.
     pub(super) fn is_ours(&self) -> bool {
-        self.pid == std::process::id()
+        self.pid == crate::sys::pid()
     }
 
     /// The cuts under way.
@@ -428,9 +434,10 @@ fn open_locked(path: &Path) -> Result<OwnedFd, TableError> {
 }
 
 /// Whether some process that has a slot is alive.
-fn any_alive(file: &OwnedFd) -> Result<bool, Errno> {
+fn any_alive(file: &OwnedFd, head: &Head) -> Result<bool, Errno> {
     let map = SharedMap::new(file, HEAD as u64, SLOTS)?;
-    let alive = Slots(map.area(0, SLOTS).atomics32()).any_alive();
+    let slots = Slots { words: map.area(0, SLOTS).atomics32(), used: &head.words()[word::SLOTS_USED] };
+    let alive = slots.any_alive();
     map.unmap();
     Ok(alive)
 }
@@ -439,7 +446,9 @@ fn any_alive(file: &OwnedFd) -> Result<bool, Errno> {
 fn claim(slots: Slots) -> Result<Owner, TableError> {
     // One that is forming was left by somebody who died with the lock.
     let free = |owner: &Owner| matches!(slots.state(*owner), 0 | slot::FORMING);
-    let owner = slots.all().find(free).ok_or(TableError::Full)?;
+    let owner = (1..=MAX_OWNER).find(free).ok_or(TableError::Full)?;
+    // Before it is in use.
+    slots.used.fetch_max(u32::from(owner), Ordering::AcqRel);
     let slot = slots.of(owner);
     slot[slot::STATE].store(slot::FORMING, Ordering::Relaxed);
     slot[slot::PID].store(std::process::id(), Ordering::Relaxed);

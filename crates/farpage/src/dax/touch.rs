@@ -9,11 +9,11 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicUsize, Ordering, fence};
 use std::time::Duration;
 
-use super::cuts::Phase;
 use super::error::TableError;
 use super::heads::Head;
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
+use crate::frame::cuts::Phase;
 use crate::sys::{Mutex, futex_wait, futex_wake};
 
 /// Mappings that a process can have at once.
@@ -23,6 +23,8 @@ const MAX: usize = 8192;
 struct Record {
     /// Odd while it changes.
     version: AtomicU32,
+    /// The process: a forked child has the record, but neither the mapping nor an agent.
+    pid: AtomicU32,
     /// 0: no mapping.
     start: AtomicUsize,
     len: AtomicUsize,
@@ -39,6 +41,7 @@ struct Record {
 static RECORDS: [Record; MAX] = [const {
     Record {
         version: AtomicU32::new(0),
+        pid: AtomicU32::new(0),
         start: AtomicUsize::new(0),
         len: AtomicUsize::new(0),
         first: AtomicU32::new(0),
@@ -113,6 +116,7 @@ impl Record {
         // read the words of one mapping.
         self.version.fetch_add(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
+        self.pid.store(crate::sys::pid(), Ordering::Relaxed);
         self.start.store(mapping.start, Ordering::Relaxed);
         self.len.store(mapping.len, Ordering::Relaxed);
         self.first.store(mapping.first, Ordering::Relaxed);
@@ -132,9 +136,10 @@ impl Record {
             fd: self.fd.load(Ordering::Relaxed),
             event: 0,
         };
+        let ours = self.pid.load(Ordering::Relaxed) == crate::sys::pid();
         fence(Ordering::SeqCst);
         let same = before.is_multiple_of(2) && self.version.load(Ordering::SeqCst) == before;
-        (same && mapping.start != 0).then_some(mapping)
+        (same && ours && mapping.start != 0).then_some(mapping)
     }
 }
 

@@ -81,6 +81,10 @@ impl PagemapOps for Box<dyn Device> {
         Some(&**self)
     }
 
+    fn memory(&self) -> Option<&DeviceMemory> {
+        Device::memory(&**self)
+    }
+
     fn repair(&self, owner: Owner) {
         Device::repair(&**self, owner);
     }

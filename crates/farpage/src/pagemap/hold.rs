@@ -279,7 +279,7 @@ impl Waits {
 
 impl Run {
     fn empty(owner: Owner, pfn: Pfn) -> Self {
-        Self { owner, pid: std::process::id(), pfn, len: 0, places: Vec::new() }
+        Self { owner, pid: crate::sys::pid(), pfn, len: 0, places: Vec::new() }
     }
 
     /// The first frame.
@@ -304,7 +304,7 @@ impl Run {
 
     /// Whether this process made it, and is not a forked child.
     pub fn is_ours(&self) -> bool {
-        self.pid == std::process::id()
+        self.pid == crate::sys::pid()
     }
 
     /// Frames in the records before the last one.

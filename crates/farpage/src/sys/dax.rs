@@ -92,6 +92,22 @@ pub fn grants_map_sync(fd: BorrowedFd<'_>) -> bool {
     })
 }
 
+/// Maps `[offset, offset + len)` of a file where the kernel likes; a forked child does not get it.
+///
+/// # Errors
+/// What `mmap` or `madvise` says; nothing is mapped then.
+pub fn map_file(fd: BorrowedFd<'_>, offset: u64, len: usize, sync: bool) -> Result<usize, Errno> {
+    let flags = if sync { MapFlags::SHARED_VALIDATE | MapFlags::SYNC } else { MapFlags::SHARED };
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: the kernel chooses the address.
+    let addr = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, flags, fd, offset)? } as usize;
+    if let Err(e) = super::keep_from_children(addr, len) {
+        super::unmap(addr, len)?;
+        return Err(e);
+    }
+    Ok(addr)
+}
+
 /// Maps `[offset, offset + len)` of a file at `addr`, in place of what is there; a forked child does not get it.
 ///
 /// # Errors
@@ -197,7 +213,14 @@ pub enum Lease {
     Write,
 }
 
-/// Takes or gives back a lease of the file (`F_SETLEASE`); a break is announced by a signal that nobody minds (SIGURG).
+/// A break of a lease of this file is announced by a signal that nobody minds (SIGURG); the default, SIGIO, would end the
+/// process. Before [`set_lease`].
+pub fn mind_no_lease_break(fd: BorrowedFd<'_>) {
+    // SAFETY: the call takes numbers only. It does not fail on a file that is open.
+    unsafe { libc::fcntl(fd.as_raw_fd(), F_SETSIG, libc::SIGURG) };
+}
+
+/// Takes or gives back a lease of the file (`F_SETLEASE`).
 ///
 /// # Errors
 /// The file is open elsewhere (EAGAIN), is not ours (EACCES), or the file system has no leases.
@@ -206,11 +229,8 @@ pub fn set_lease(fd: BorrowedFd<'_>, lease: Lease) -> Result<(), Errno> {
         Lease::None => libc::F_UNLCK,
         Lease::Write => libc::F_WRLCK,
     };
-    // SAFETY: both calls take numbers only. The default signal, SIGIO, would end the process.
-    let r = unsafe {
-        libc::fcntl(fd.as_raw_fd(), F_SETSIG, libc::SIGURG);
-        libc::fcntl(fd.as_raw_fd(), libc::F_SETLEASE, kind)
-    };
+    // SAFETY: the call takes numbers only.
+    let r = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETLEASE, kind) };
     if r == 0 { Ok(()) } else { Err(last_error()) }
 }
 

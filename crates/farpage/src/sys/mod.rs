@@ -31,7 +31,7 @@ pub use lock::{Locked, Peers, RobustLock};
 pub use mappings::{Mapping, Mappings};
 pub use memory::{
     ForkMark, collapse, drop_page, drop_pages, keep_from_children, leave_to_children, map_anonymous,
-    mappings_in, populate, prefetch, private_page, read_fault, remap, reserve, stack_pointer, unmap,
+    mappings_in, pid, populate, prefetch, private_page, read_fault, remap, reserve, stack_pointer, unmap,
     write_fault,
 };
 pub use mutex::{Mutex, MutexGuard};
