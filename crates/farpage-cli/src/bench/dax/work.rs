@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use farpage::Pin;
@@ -22,6 +23,18 @@ use crate::bench::side::Running;
 const USE: Duration = Duration::from_millis(100);
 
 const MLOCK: &str = "mlock (see ulimit -l)";
+
+/// Does it when the page elsewhere was in use for long enough, in a thread that runs already.
+fn after_a_while<T: Send + 'static>(end: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    let (up, is_up) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        let _who_waits = up.send(());
+        std::thread::sleep(USE);
+        end()
+    });
+    let _up = is_up.recv();
+    thread
+}
 
 /// Who does it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -188,29 +201,19 @@ impl Work {
                 let map = Bare::map(&self.plain, &page, self.sync).map_err(bare("mmap"))?;
                 let (mut reader, writer) = io::pipe().map_err(bare("pipe"))?;
                 map.splice_into(&writer).map_err(bare("vmsplice"))?;
+                let user = after_a_while(move || reader.read_exact(&mut [0; farpage::PAGE_SIZE]));
                 began = Instant::now();
-                return std::thread::scope(|scope| {
-                    let used = scope.spawn(move || {
-                        std::thread::sleep(USE);
-                        reader.read_exact(&mut [0; farpage::PAGE_SIZE])
-                    });
-                    let punched = self.punch(Side::Bare, range).map(|()| began.elapsed());
-                    if let Ok(read) = used.join() {
-                        read.map_err(bare("read from the pipe"))?;
-                    }
-                    punched
-                });
+                let punched = self.punch(Side::Bare, range).map(|()| began.elapsed());
+                user.join().unwrap_or(Ok(())).map_err(bare("read from the pipe"))?;
+                return punched;
             }
             (Act::PunchBeside(range), Side::Farpage) => {
                 let pin = self.dax.pin(ELSEWHERE.start..ELSEWHERE.start + 1, Pin::Short)?;
+                let user = after_a_while(move || drop(pin));
                 began = Instant::now();
-                return std::thread::scope(|scope| {
-                    scope.spawn(move || {
-                        std::thread::sleep(USE);
-                        drop(pin);
-                    });
-                    self.punch(Side::Farpage, range).map(|()| began.elapsed())
-                });
+                let punched = self.punch(Side::Farpage, range).map(|()| began.elapsed());
+                let _ended = user.join();
+                return punched;
             }
         }
         Ok(began.elapsed())
