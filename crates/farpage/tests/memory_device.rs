@@ -270,9 +270,14 @@ fn a_long_term_pin_moves_pages_out_of_coherent_memory() {
         assert_eq!(states.iter().filter(|p| here(p)).count(), if leaves { 100 } else { 4 });
         assert!((0..200).all(|i| m.is(i, 500 + i as u64)) && (200..256).all(|i| m.is(i, i as u64)));
         managed.assert_audit();
+        (0..100).for_each(|i| m.write(i, 9));
         // The owner can take his memory back, all of it, if nobody has pinned it there.
         let gone = space.remove_device(0, SHORT);
         assert_eq!(gone.is_ok(), leaves);
+        if !leaves {
+            assert_eq!((on(&m, 0), managed.used(0)), (96, 96), "what is pinned there");
+        }
+        (0..100).for_each(|i| m.write(i, 500 + i as u64));
         drop(long);
         if !leaves {
             space.remove_device(0, LONG).unwrap();
