@@ -288,6 +288,31 @@ fn a_long_term_pin_moves_pages_out_of_coherent_memory() {
     }
 }
 
+/// A page that is mapped in place and that nobody has touched there yet: the kernel does not say that it is present.
+#[test]
+fn what_a_call_holds_in_place_stays_there() {
+    let managed = Managed::new(16 * MIB, &["coherent:memfd:8M", "ram:16M"]);
+    let space = managed.space;
+    let m = filled(&managed, 1);
+    assert_eq!(space.migrate(m.range(), Target::Device(0)).unwrap().moved(), m.pages());
+    assert_eq!(space.map_in_place(m.addr, m.addr + m.len, 0, RIGHTS), Ok(m.pages()));
+    let hold = space.hold(m.at(3), m.at(5));
+    let error = space.remove_device(0, SHORT).unwrap_err().to_string();
+    assert!(error.starts_with("2 frames of coherent:memfd:8M are still held"), "{error}");
+    assert_eq!((on(&m, 0), on(&m, 1)), (2, 0));
+    let report = space.migrate(m.part(0, 8), Target::Device(1)).unwrap();
+    assert_eq!(
+        report.refused().collect::<Vec<_>>(),
+        [(m.at(3), Refusal::Pinned), (m.at(4), Refusal::Pinned)]
+    );
+    m.write(3, 33);
+    drop(hold);
+    space.remove_device(0, LONG).unwrap();
+    assert!((0..m.pages()).all(|i| m.is(i, if i == 3 { 33 } else { i as u64 })));
+    drop(m);
+    managed.assert_all_free();
+}
+
 #[test]
 fn what_cannot_be_a_device_is_said() {
     let error = |device: &str| Domain::builder().device(device).build().err().unwrap().to_string();
