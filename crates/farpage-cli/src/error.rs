@@ -7,6 +7,10 @@ use crate::budget::BudgetError;
 use crate::probe::Unsupported;
 use crate::program::ProgramError;
 
+/// `farpage dax hold --long` gave up what it held before its time, because another wanted it.
+pub const EXIT_GIVEN_UP: u8 = 1;
+/// What was waited for did not come in time (`farpage dax`).
+pub const EXIT_TIMED_OUT: u8 = 124;
 /// farpage itself failed; the program was not started.
 pub const EXIT_OWN: u8 = 125;
 /// The program is there but cannot be run.
@@ -46,6 +50,9 @@ pub enum CliError {
     /// The program cannot be run or not be managed.
     #[error(transparent)]
     Program(#[from] ProgramError),
+    /// A DAX file is in use, or is none.
+    #[error(transparent)]
+    Dax(#[from] crate::dax::DaxCommandError),
     /// There is nothing to check.
     #[error(transparent)]
     Check(#[from] crate::check::CheckError),
@@ -75,6 +82,7 @@ impl CliError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Program(e) => e.exit_code(),
+            Self::Dax(e) => e.exit_code(),
             _ => EXIT_OWN,
         }
     }

@@ -16,6 +16,7 @@ mod access;
 mod bench;
 mod budget;
 mod check;
+mod dax;
 mod demo;
 mod doctor;
 mod error;
@@ -47,6 +48,8 @@ enum Command {
     Run(run::Args),
     /// Compares all reference counts of a running program with the references that can be found.
     Check(check::Args),
+    /// DAX files: who holds what of them, holding parts of them, cutting only what nobody holds.
+    Dax(dax::Args),
     /// Shows what this machine offers and lacks, with the remedies.
     Doctor(doctor::Args),
     /// Shows a program that needs four times its DRAM at work, and checks its result.
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Ok(cli) => match cli.command {
             Command::Run(args) => run::run(args),
             Command::Check(args) => check::run(args),
+            Command::Dax(args) => dax::run(args),
             Command::Doctor(args) => doctor::run(args),
             Command::Demo(args) => demo::run(args),
             Command::Bench(args) => bench::run(args),

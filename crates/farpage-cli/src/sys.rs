@@ -84,6 +84,17 @@ impl AsFd for Signals {
     }
 }
 
+/// Page faults of this thread so far.
+pub fn faults() -> u64 {
+    let mut usage = MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the structure lives across the call; zeros are a valid one.
+    let usage = unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init()
+    };
+    usage.ru_minflt as u64 + usage.ru_majflt as u64
+}
+
 /// Whether this process was given rights by the file it was started from.
 pub fn privileged_by_file() -> bool {
     // SAFETY: `getauxval` only reads what the kernel gave at the start.

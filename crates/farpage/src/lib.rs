@@ -4,12 +4,14 @@
 //! Every page of every memory type obeys one lifetime rule: **a reference count of 0 means free**.
 //! The rooms, from the bottom: [`sys`] (the kernel's ABI), [`frame`] (counts), [`pagemap`] and [`device`] (where
 //! pages live), [`domain`] (what a process tree shares), [`fault`], [`reclaim`], [`migrate`] and [`space`] (the manager of one
-//! address space).
+//! address space), [`dax`] (files that are memory).
 #![warn(missing_docs)]
 
 pub mod frame;
 
 // Under `--cfg loom` only the frame table is built: it is what loom checks (tests/loom_frame.rs).
+#[cfg(not(loom))]
+pub mod dax;
 #[cfg(not(loom))]
 pub mod device;
 #[cfg(not(loom))]

@@ -104,6 +104,12 @@ fn ram_allocates_nothing() {
 }
 
 #[test]
+fn memory_allocates_nothing() {
+    check("mem:1M");
+    check("generic:memfd:1M");
+}
+
+#[test]
 fn file_allocates_nothing() {
     let dir = tempfile::tempdir().unwrap();
     check(&format!("file:{}:1M", dir.path().display()));

@@ -9,6 +9,7 @@ use crate::error::CliError;
 mod bare;
 mod cgroup;
 pub mod data;
+mod dax;
 pub mod histogram;
 pub mod memory;
 pub mod plan;
@@ -31,6 +32,8 @@ pub struct Args {
 enum What {
     /// Side by side with the kernel's swap on zram: the same accesses, data and DRAM (needs root).
     Swap(plan::Args),
+    /// DAX files of the library beside the bare system calls: mapping, pinning, punching.
+    Dax(dax::Args),
 }
 
 /// Why a benchmark failed.
@@ -50,6 +53,9 @@ pub enum BenchError {
     /// Ctrl-C or another request to end.
     #[error("interrupted; swap device and control group were removed")]
     Interrupted,
+    /// The same, where there was neither.
+    #[error("interrupted; the file was removed")]
+    Stopped,
     /// A run of the access program failed; it has said why.
     #[error("the {side:?} run of {pattern:?} failed: {status}")]
     Failed {
@@ -86,5 +92,6 @@ impl From<BenchError> for CliError {
 pub fn run(args: Args) -> Result<u8, CliError> {
     match args.what {
         What::Swap(args) => Ok(swap::run(&args)?),
+        What::Dax(args) => Ok(dax::run(&args)?),
     }
 }

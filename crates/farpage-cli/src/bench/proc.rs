@@ -22,6 +22,13 @@ fn parse_faults(stat: &str) -> Faults {
     Faults { minor: stat_field(stat, 10).unwrap_or(0), major: stat_field(stat, 12).unwrap_or(0) }
 }
 
+/// The processor's name; empty where `/proc` does not tell.
+pub fn cpu_name() -> String {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = info.lines().find(|l| l.starts_with("model name")).and_then(|l| l.split_once(": "));
+    line.map(|(_, name)| name.trim().to_owned()).unwrap_or_default()
+}
+
 /// Field `n` of a `/proc/PID/stat` line, counted from 1 as proc(5) does; the command name may hold
 /// anything, so counting starts after its last parenthesis.
 fn stat_field(stat: &str, n: usize) -> Option<u64> {

@@ -6,6 +6,7 @@ use std::fs;
 use serde_json::{Value, json};
 
 use super::plan::{Args, Case, Must};
+use super::proc;
 use super::side::{Outcome, counter};
 use super::stats::{Ratio, median, ratio};
 use crate::access::{Pattern, Slow};
@@ -40,12 +41,10 @@ impl Machine {
     /// This machine.
     pub fn here(args: &Args) -> Machine {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_string();
-        let cpu = read("/proc/cpuinfo");
-        let cpu = cpu.lines().find(|l| l.starts_with("model name")).and_then(|l| l.split_once(": "));
         let huge = read("/sys/kernel/mm/transparent_hugepage/enabled");
         Machine {
             kernel: read("/proc/sys/kernel/osrelease"),
-            cpu: cpu.map(|(_, name)| name.to_string()).unwrap_or_default(),
+            cpu: proc::cpu_name(),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
             transparent_huge_pages: huge.split(['[', ']']).nth(1).unwrap_or("never").to_string(),
             dram_bytes: args.dram,
@@ -332,7 +331,7 @@ fn table(rows: &[&Row], theirs: &str) -> String {
 }
 
 /// Columns as wide as their widest cell; the first is left-aligned, the others right-aligned.
-fn align(cells: &[Vec<String>]) -> String {
+pub(super) fn align(cells: &[Vec<String>]) -> String {
     let width = |column: usize| cells.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let mut text = String::new();
     for row in cells {

@@ -117,7 +117,7 @@ pub enum BudgetError {
 pub struct Plan {
     /// Bytes of DRAM.
     pub dram: u64,
-    /// The devices in order of preference, all with sizes.
+    /// The devices in order of preference, with sizes, but for memory that has one.
     pub devices: Vec<Spec>,
 }
 
@@ -153,7 +153,7 @@ impl Memory {
 /// Checks what was asked for and fills in what was not.
 pub fn plan(dram: Dram, devices: &[Spec], memory: &Memory) -> Result<Plan, BudgetError> {
     check_sizes(dram, devices, memory)?;
-    let pools = || devices.iter().filter(|d| matches!(base(d), Spec::Ram { .. } | Spec::Mem { .. }));
+    let pools = || devices.iter().filter(|d| in_memory(d));
     let fixed = pools().filter_map(Spec::size).fold(0, u64::saturating_add);
     let open = pools().filter(|d| d.size().is_none()).count() as u64;
     let share = memory.share();
@@ -173,7 +173,9 @@ pub fn plan(dram: Dram, devices: &[Spec], memory: &Memory) -> Result<Plan, Budge
     let devices = devices
         .iter()
         .map(|device| {
-            let open = match base(device) {
+            let open = match device.base() {
+                // What a device-dax node or a file has.
+                Spec::Memory(_) => return Ok(device.clone()),
                 Spec::File { dir, .. } => file_size(dir, memory)
                     .map_err(|source| BudgetError::Directory { device: device.to_string(), source })?,
                 _ => each,
@@ -184,11 +186,12 @@ pub fn plan(dram: Dram, devices: &[Spec], memory: &Memory) -> Result<Plan, Budge
     Ok(Plan { dram: dram >> 12 << 12, devices })
 }
 
-/// The device itself, without injected faults.
-fn base(device: &Spec) -> &Spec {
-    match device {
-        Spec::Inject { inner, .. } => base(inner),
-        device => device,
+/// Whether the device's pages lie in the machine's ordinary memory.
+fn in_memory(device: &Spec) -> bool {
+    match device.base() {
+        Spec::Ram { .. } | Spec::Mem { .. } => true,
+        Spec::Memory(memory) => memory.takes_memory(),
+        Spec::File { .. } | Spec::Inject { .. } => false,
     }
 }
 
@@ -209,7 +212,7 @@ fn check_sizes(dram: Dram, devices: &[Spec], memory: &Memory) -> Result<(), Budg
     }
     for device in devices {
         let large = device.size().is_some_and(|size| size > memory.total);
-        if large && matches!(base(device), Spec::Ram { .. } | Spec::Mem { .. }) {
+        if large && in_memory(device) {
             return Err(BudgetError::PoolTooLarge { device: device.to_string(), total: memory.total });
         }
     }

@@ -64,6 +64,23 @@ fn sizes_that_cannot_work_are_refused() {
 }
 
 #[test]
+fn memory_of_its_own_counts_if_it_is_the_machines() {
+    let spec = |text: &str| text.parse::<Spec>().unwrap();
+    let devices = |text: &str, dram| plan(dram, &[spec(text), RAM], &limited(1200 * M)).map(|p| p.devices);
+    let auto = plan(Dram::Auto, &[spec("generic:memfd:100M")], &limited(1200 * M)).unwrap();
+    assert_eq!((auto.dram, &auto.devices[..]), (900 * M, &[spec("generic:memfd:100M")][..]));
+    for ours in ["coherent:memfd:100M", "numa:0:100M", "inject:full=1:generic:memfd:100M"] {
+        assert_eq!(devices(ours, Dram::Bytes(128 * M)).unwrap(), [spec(ours), ram(772 * M)]);
+    }
+    // Huge pages are reserved already; a node or a file is not memory, or is not known to be. What has a size keeps it.
+    for other in ["generic:hugetlb:100M", "generic:/dev/dax0.0", "generic:/mnt/pmem:8T"] {
+        assert_eq!(devices(other, Dram::Bytes(128 * M)).unwrap(), [spec(other), ram(872 * M)]);
+    }
+    let large = devices("generic:memfd:65G", Dram::Bytes(128 * M));
+    assert!(matches!(large, Err(BudgetError::PoolTooLarge { .. })));
+}
+
+#[test]
 fn a_file_device_needs_a_directory_and_is_sized_from_its_file_system() {
     let memory = limited(1200 * M);
     let tmp = tempfile::tempdir().unwrap();

@@ -20,6 +20,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(userfaultfd());
     checks.extend([library(), seccomp(), io_uring()]);
     checks.extend([temporary_directory(), memory(), cgroup(), address_space(), huge_pages(), cpus()]);
+    checks.push(own_memory());
     checks.push(zram());
     checks
 }
@@ -120,6 +121,27 @@ fn temporary_directory() -> Check {
             "pages there take page cache too; give --device file:DIR on ext4, xfs or btrfs",
         ),
     }
+}
+
+/// What `generic:`, `coherent:` and `numa:` devices can be made of, besides memfds and files.
+fn own_memory() -> Check {
+    let list = |what: &str, found: Vec<String>| match found.is_empty() {
+        true => format!("no {what}"),
+        false => format!("{what} {}", found.join(", ")),
+    };
+    let entries = fs::read_dir("/dev").into_iter().flatten().flatten();
+    let mut dax: Vec<String> = entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| name.strip_prefix("dax").is_some_and(|rest| rest.contains('.')))
+        .map(|name| format!("/dev/{name}"))
+        .collect();
+    dax.sort();
+    let nodes = farpage::sys::numa::memory_nodes().iter().map(u32::to_string).collect();
+    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let free = info.lines().find_map(|l| l.strip_prefix("HugePages_Free:")).map_or("0", str::trim);
+    let found =
+        [list("device-dax nodes", dax), format!("{free} free huge pages"), list("memory nodes", nodes)];
+    Check::ok("device memory", found.join("; "))
 }
 
 /// Writes a page with O_DIRECT to a file without a name.

@@ -43,8 +43,9 @@ pub struct Args {
     /// T), or `auto`: a share of what the memory limit of this control group, or the machine, leaves.
     #[arg(long, value_name = "SIZE", default_value = "auto", value_parser = parse_dram)]
     dram: Dram,
-    /// Where pages live that are not in DRAM: `ram[:SIZE]` (compressed) or `file:DIR[:SIZE]`; repeat it in order of
-    /// preference. Default: `ram`, then `file` in the temporary directory.
+    /// Where pages live that are not in DRAM: `ram[:SIZE]` (compressed), `file:DIR[:SIZE]`, `mem:SIZE` (uncompressed), `generic:SOURCE[:SIZE]`
+    /// or `coherent:SOURCE[:SIZE]` (a device-dax node, a file on DAX or hugetlbfs, `memfd`, `hugetlb`), `numa:NODE:SIZE`; repeat it in
+    /// order of preference. Default: `ram`, then `file` in the temporary directory.
     #[arg(long = "device", value_name = "SPEC")]
     devices: Vec<Spec>,
     /// The smallest anonymous mapping that is managed.

@@ -1,16 +1,28 @@
-//! `mem:SIZE`: pages as they are, in the domain's shared memory.
+//! Pages as they are, in memory: `mem:SIZE` in the domain's shared memory, and `generic:`, `coherent:` and `numa:` in memory of
+//! their own ([`super::memory`]).
 //!
 //! A store or a load is one copy, in batches, without a lock: a frame's bytes belong to whoever has allocated it, and
-//! nobody changes them afterwards. The device is the fast end of the scale (a stand-in for memory that is reached
+//! nobody changes them afterwards. `mem` is the fast end of the scale (a stand-in for memory that is reached
 //! by copying: a GPU's, a slower tier), and the reference for what a migration costs beside the copy itself.
 //!
 //! Memory is not checked by us but by the machine, so this device asks for no checksum and its loads are not
 //! verified ([`Device::is_memory`]). Where one is given all the same (faults are injected), it is kept and handed back.
+//!
+//! # Whose memory
+//!
+//! First touches are page faults, and a fault that finds no memory would be a SIGBUS. So a run of frames that is going to be
+//! stored gets its memory by a call that can fail. Only who has allocated a frame has its memory provided, and only who
+//! frees it, before it is free, gives it back: nobody else is at it then, so there is nothing to lock, and the notes of it are
+//! ordered as the bytes are, by the frame's count.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use arrayvec::ArrayVec;
+use rustix::io::Errno;
+
+use super::memory::{DeviceMemory, MemoryError, MemorySpec};
 use super::{Attach, Device, DeviceError, LoadOp, StoreOp, Sum, Usage};
-use crate::frame::{Owner, Pfn};
+use crate::frame::{BATCH, Owner, Pfn};
 use crate::size::format_size;
 use crate::sys::{SharedArea, Streaming};
 use crate::{PAGE_SIZE, Page};
@@ -20,20 +32,23 @@ pub const MIN_SIZE: u64 = 1 << 20;
 /// The largest, in bytes.
 pub const MAX_SIZE: u64 = 1 << 40;
 
-/// Pages that get memory from the kernel together: first touches are page faults, and a fault that finds no memory
-/// would be a SIGBUS; asking for it is an error that can be handled.
-const CHUNK_PAGES: usize = 64;
-const CHUNK: usize = CHUNK_PAGES * PAGE_SIZE;
+/// Pages that free frames of memory of its own keep, at least: handing memory back and taking it again costs more than a copy.
+const KEPT: u64 = 4096;
 
 /// Number of frames.
 pub fn frames(size: u64) -> u32 {
     u32::try_from(size / PAGE_SIZE as u64).unwrap_or(u32::MAX)
 }
 
-/// Bytes of shared memory.
+/// Bytes of shared memory, the pages among them.
 pub fn shared_len(size: u64) -> usize {
+    notes_len(size) + PAGE_SIZE + frames(size) as usize * PAGE_SIZE
+}
+
+/// Bytes of shared memory where the pages lie elsewhere.
+pub fn notes_len(size: u64) -> usize {
     let n = frames(size) as usize;
-    64 + (n * 12).next_multiple_of(64) + 2 * bits_len(n) + PAGE_SIZE + n * PAGE_SIZE
+    64 + (n * 12).next_multiple_of(64) + 2 * bits_len(n)
 }
 
 fn bits_len(frames: usize) -> usize {
@@ -45,67 +60,119 @@ pub struct Mem {
     name: String,
     size: u64,
     frames: u32,
-    /// Frames stored, chunks that have memory, the most of those.
+    /// Frames stored, frames that have memory, the most of those. Exact but for what dying processes leave too high.
     counters: &'static [AtomicU64],
     /// Three words a frame; zero = none was given.
     sums: &'static [AtomicU32],
     /// One bit a frame: it is stored.
     stored: &'static [AtomicU64],
-    /// One bit a chunk: the kernel has provided its memory.
+    /// One bit a frame: the kernel has provided its memory.
     there: &'static [AtomicU64],
     data: SharedArea,
+    /// What `data` is a mapping of, where that is not the domain's segment.
+    memory: Option<DeviceMemory>,
 }
 
 impl Mem {
-    /// The device over its shared area, which has the length that [`shared_len`] gave for `size`.
+    /// `mem` over its shared area, which has the length that [`shared_len`] gave for `size`.
     pub fn attach(size: u64, attach: &Attach) -> Self {
+        Self::over(format!("mem:{}", format_size(size)), size, attach.area, |rest| {
+            // Pages on pages. Every process maps the segment at a page boundary, so this is the same offset in all.
+            let pad = rest.addr().next_multiple_of(PAGE_SIZE) - rest.addr();
+            (rest.part(pad, frames(size) as usize * PAGE_SIZE), None)
+        })
+    }
+
+    /// Memory of its own at `attach.path`; the shared area has the length that [`notes_len`] gave for its size.
+    ///
+    /// # Errors
+    /// See [`MemoryError`].
+    pub fn attach_memory(spec: &MemorySpec, attach: &Attach) -> Result<Self, MemoryError> {
+        let memory = spec.attach(attach.path.as_deref().unwrap_or_default())?;
+        let area = memory.area().ok_or_else(|| MemoryError::NoSize(spec.to_string()))?;
+        let size = u64::from(memory.frames()) * PAGE_SIZE as u64;
+        Ok(Self::over(spec.to_string(), size, attach.area, |_| (area, Some(memory))))
+    }
+
+    fn over(
+        name: String,
+        size: u64,
+        area: SharedArea,
+        data: impl FnOnce(SharedArea) -> (SharedArea, Option<DeviceMemory>),
+    ) -> Self {
         let n = frames(size) as usize;
-        let (head, rest) = attach.area.split(64);
+        let (head, rest) = area.split(64);
         let (sums, rest) = rest.split(n * 12);
         let (stored, rest) = rest.split(bits_len(n));
         let (there, rest) = rest.split(bits_len(n));
-        // Pages on pages. Every process maps the segment at a page boundary, so this is the same offset in all.
-        let pad = rest.addr().next_multiple_of(PAGE_SIZE) - rest.addr();
+        let (data, memory) = data(rest);
         Self {
-            name: format!("mem:{}", format_size(size)),
+            name,
             size,
             frames: n as u32,
             counters: head.atomics64(),
             sums: sums.atomics32(),
             stored: stored.atomics64(),
             there: there.atomics64(),
-            data: rest.part(pad, n * PAGE_SIZE),
+            data,
+            memory,
         }
     }
 
-    /// Has the kernel provide the memory of the frame's chunk.
-    fn provide(&self, pfn: Pfn) -> Result<(), DeviceError> {
-        let chunk = pfn as usize / CHUNK_PAGES;
-        let (word, bit) = (&self.there[chunk / 64], 1 << (chunk % 64));
-        // Relaxed: the kernel's part is done or is done again; nothing else hangs on the bit.
-        if word.load(Ordering::Relaxed) & bit != 0 {
+    fn is_there(&self, pfn: Pfn) -> bool {
+        self.there[pfn as usize / 64].load(Ordering::Relaxed) & (1 << (pfn % 64)) != 0
+    }
+
+    /// Has the kernel provide the memory of a run of frames that are the caller's.
+    fn provide(&self, first: Pfn, n: usize) -> Result<(), DeviceError> {
+        let frames = first..first + n as Pfn;
+        let missing = frames.clone().filter(|&pfn| !self.is_there(pfn)).count() as u64;
+        if missing == 0 {
             return Ok(());
         }
-        let at = chunk * CHUNK;
-        self.data.populate(at, CHUNK.min(self.data.len() - at)).map_err(|_| DeviceError::Full)?;
-        if word.fetch_or(bit, Ordering::Relaxed) & bit == 0 {
-            let used = self.counters[1].fetch_add(1, Ordering::Relaxed) + 1;
-            self.counters[2].fetch_max(used, Ordering::Relaxed);
+        self.data.populate(first as usize * PAGE_SIZE, n * PAGE_SIZE).map_err(|errno| match errno {
+            Errno::HWPOISON => DeviceError::Io(errno.raw_os_error()),
+            _ => DeviceError::Full,
+        })?;
+        // Relaxed: the kernel's part is done; nothing else hangs on the bits. Counted first: who dies in between leaves
+        // the count too high, not below what there is.
+        let there = self.counters[1].fetch_add(missing, Ordering::Relaxed) + missing;
+        self.counters[2].fetch_max(there, Ordering::Relaxed);
+        for pfn in frames {
+            self.there[pfn as usize / 64].fetch_or(1 << (pfn % 64), Ordering::Relaxed);
         }
         Ok(())
     }
 
-    fn store_one(
-        &self,
-        pfn: Pfn,
-        page: &Page,
-        sum: Sum,
-        streaming: Option<&Streaming>,
-    ) -> Result<(), DeviceError> {
-        if pfn >= self.frames {
-            return Err(DeviceError::Io(libc::EINVAL));
+    /// The memory of these frames, which are the caller's, goes back, unless it is kept for those that come next.
+    fn let_go(&self, pfns: &[Pfn]) {
+        let counter = |i: usize| self.counters[i].load(Ordering::Relaxed);
+        let keeps = counter(1).saturating_sub(counter(0)) <= KEPT.max(counter(1) / 4);
+        for batch in pfns.chunks(BATCH) {
+            // (What was not stored was mapped, by somebody who did not tell us.)
+            let goes = |pfn: &Pfn| *pfn < self.frames && !(keeps && self.is_there(*pfn));
+            let mut going: ArrayVec<Pfn, BATCH> = batch.iter().copied().filter(goes).collect();
+            going.sort_unstable();
+            for run in going.chunk_by(|a, b| a + 1 == *b) {
+                self.give_back(run[0], run.len());
+            }
         }
-        self.provide(pfn)?;
+    }
+
+    /// Gives the memory of frames back, which nobody has; whether the kernel has taken it.
+    fn give_back(&self, first: Pfn, n: usize) -> bool {
+        let mut had = 0;
+        for pfn in first..first + n as Pfn {
+            let bit = 1 << (pfn % 64);
+            // Before the memory goes: who dies in between leaves memory that is not noted, and not the reverse.
+            had += u64::from(self.there[pfn as usize / 64].fetch_and(!bit, Ordering::Relaxed) & bit != 0);
+        }
+        let gone = self.data.give_back(first as usize * PAGE_SIZE, n * PAGE_SIZE).is_ok();
+        self.counters[1].fetch_sub(had, Ordering::Relaxed);
+        gone
+    }
+
+    fn store_one(&self, pfn: Pfn, page: &Page, sum: Sum, streaming: Option<&Streaming>) {
         match streaming {
             Some(streaming) => streaming.write(self.data, pfn as usize * PAGE_SIZE, page),
             None => self.data.write(pfn as usize * PAGE_SIZE, &page.0),
@@ -114,11 +181,10 @@ impl Mem {
             word.store(value, Ordering::Relaxed);
         }
         // Relaxed: publishing the frame in a page entry is what orders the bytes before their readers.
-        let bit = 1 << (pfn % 64);
-        if self.stored[pfn as usize / 64].fetch_or(bit, Ordering::Relaxed) & bit == 0 {
+        if !self.is_stored(pfn) {
             self.counters[0].fetch_add(1, Ordering::Relaxed);
+            self.stored[pfn as usize / 64].fetch_or(1 << (pfn % 64), Ordering::Relaxed);
         }
-        Ok(())
     }
 
     fn kept_sum(&self, pfn: Pfn) -> Sum {
@@ -127,26 +193,6 @@ impl Mem {
 
     fn is_stored(&self, pfn: Pfn) -> bool {
         pfn < self.frames && self.stored[pfn as usize / 64].load(Ordering::Relaxed) & (1 << (pfn % 64)) != 0
-    }
-
-    /// Gives memory of chunks without a stored frame back to the kernel; returns how many bytes. The caller sees to it
-    /// that no frame of `[first, end)` is allocated meanwhile.
-    fn give_back(&self, first: Pfn, end: Pfn) -> u64 {
-        let mut given = 0;
-        for chunk in (first as usize).div_ceil(CHUNK_PAGES)..(end.min(self.frames) as usize) / CHUNK_PAGES {
-            let (word, bit) = (&self.there[chunk / 64], 1 << (chunk % 64));
-            if self.stored[chunk].load(Ordering::Relaxed) != 0 || word.load(Ordering::Relaxed) & bit == 0 {
-                continue;
-            }
-            word.fetch_and(!bit, Ordering::Relaxed);
-            if self.data.give_back(chunk * CHUNK, CHUNK).is_ok() {
-                self.counters[1].fetch_sub(1, Ordering::Relaxed);
-                given += CHUNK as u64;
-            } else {
-                word.fetch_or(bit, Ordering::Relaxed);
-            }
-        }
-        given
     }
 }
 
@@ -167,10 +213,26 @@ impl Device for Mem {
         (pfn < self.frames).then(|| self.data.addr() + pfn as usize * PAGE_SIZE)
     }
 
+    fn memory(&self) -> Option<&DeviceMemory> {
+        self.memory.as_ref()
+    }
+
     fn store(&self, ops: &mut [StoreOp<'_>], _owner: Owner) {
         let streaming = Streaming::of(ops.len());
-        for op in ops {
-            op.result = self.store_one(op.pfn, op.page, op.sum, streaming.as_ref());
+        for run in ops.chunk_by_mut(|a, b| a.pfn.checked_add(1) == Some(b.pfn)) {
+            let inside = run[run.len() - 1].pfn < self.frames;
+            let all = inside && self.provide(run[0].pfn, run.len()).is_ok();
+            for op in run {
+                // Not for all of them: perhaps for some.
+                op.result = match op.pfn {
+                    _ if all => Ok(()),
+                    pfn if pfn < self.frames => self.provide(pfn, 1),
+                    _ => Err(DeviceError::Io(libc::EINVAL)),
+                };
+                if op.result.is_ok() {
+                    self.store_one(op.pfn, op.page, op.sum, streaming.as_ref());
+                }
+            }
         }
     }
 
@@ -209,34 +271,59 @@ impl Device for Mem {
                 self.counters[0].fetch_sub(1, Ordering::Relaxed);
             }
         }
+        if self.memory.as_ref().is_some_and(DeviceMemory::gives_back_pages) {
+            self.let_go(pfns);
+        }
     }
 
     fn shrunk(&self, first: Pfn, end: Pfn) -> u64 {
-        self.give_back(first, end)
+        if self.memory.is_some() {
+            // Somebody may map frames there at any time. What is freed goes back when it is freed.
+            return 0;
+        }
+        let mut given = 0;
+        for word in first as usize / 64..(end.min(self.frames) as usize).div_ceil(64) {
+            let base = (word * 64) as Pfn;
+            let (from, to) = (first.saturating_sub(base), (end - base).min(64));
+            let mask = (u64::MAX << from) & (u64::MAX >> (64 - to));
+            let mut idle = self.there[word].load(Ordering::Relaxed) & mask;
+            if idle != 0 {
+                idle &= !self.stored[word].load(Ordering::Relaxed);
+            }
+            while idle != 0 {
+                let at = idle.trailing_zeros();
+                let n = (idle >> at).trailing_ones();
+                if self.give_back(base + at, n as usize) {
+                    given += u64::from(n) * PAGE_SIZE as u64;
+                }
+                idle &= !((u64::MAX >> (64 - n)) << at);
+            }
+        }
+        given
     }
 
-    fn remove(&self, _owner: Owner) -> Result<(), rustix::io::Errno> {
-        // The last chunk may be a part of one.
-        self.data.give_back(0, self.data.len())?;
+    fn remove(&self, _owner: Owner) -> Result<(), Errno> {
+        if self.memory.as_ref().is_none_or(DeviceMemory::gives_back) {
+            self.data.give_back(0, self.data.len())?;
+        }
         self.there.iter().for_each(|word| word.store(0, Ordering::Relaxed));
         self.counters[1].store(0, Ordering::Relaxed);
         Ok(())
     }
 
     fn usage(&self) -> Usage {
-        let counter = |i: usize| self.counters[i].load(Ordering::Relaxed);
-        Usage {
-            capacity: self.size,
-            used: counter(1) * CHUNK as u64,
-            payload: counter(0) * PAGE_SIZE as u64,
-            peak: counter(2) * CHUNK as u64,
-        }
+        let counter = |i: usize| self.counters[i].load(Ordering::Relaxed) * PAGE_SIZE as u64;
+        // Huge pages are more than what is stored in them, and what is mapped is not noted here.
+        let takes = self.memory.as_ref().map_or(0, |memory| memory.in_use().unwrap_or(0));
+        let used = counter(1).max(takes);
+        Usage { capacity: self.size, used, payload: counter(0), peak: counter(2).max(used) }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::MemoryType;
     use crate::device::testing::{self, load, page, store_all};
 
     #[test]
@@ -255,12 +342,139 @@ mod tests {
         dev.free(&upper, testing::ME);
         assert_eq!(dev.usage().payload, 500 * PAGE_SIZE as u64, "freeing twice is freeing once");
         assert_eq!(load(&*dev, 500).err(), Some(DeviceError::Corrupt));
-        assert_eq!(dev.shrunk(500, 1024), 2 << 20, "whole chunks only, behind the last that is stored");
-        assert_eq!(dev.usage().used, 2 << 20);
+        assert_eq!(dev.shrunk(500, 1024), 524 * PAGE_SIZE as u64);
+        assert_eq!((dev.usage().used, dev.shrunk(500, 1024)), (500 * PAGE_SIZE as u64, 0));
         assert_eq!(load(&*dev, 499).unwrap().0, page(1023 - 499).0);
         assert!(store_all(&*dev, &[(700, page(7))])[0].is_ok());
         assert_eq!(load(&*dev, 700).unwrap().0, page(7).0);
         assert_eq!(store_all(&*dev, &[(1024, page(7))]), [Err(DeviceError::Io(libc::EINVAL))]);
+    }
+
+    #[test]
+    fn memory_of_its_own_is_the_same_device() {
+        let dir = tempfile::tempdir().unwrap();
+        let in_dir = format!("generic:{}:4M", dir.path().display());
+        for (spec, memory_type) in [
+            ("generic:memfd:4M", MemoryType::Generic),
+            ("coherent:memfd:4M", MemoryType::Coherent),
+            (&in_dir, MemoryType::Generic),
+        ] {
+            let dev = testing::device(spec);
+            assert_eq!((dev.frames(), dev.is_memory(), Device::name(&*dev)), (1024, true, spec));
+            let memory = dev.memory().unwrap();
+            assert_eq!((memory.memory_type(), memory.stores_pages()), (memory_type, true));
+            let pages: Vec<_> = (0..600).map(|i| (1023 - i, page(i))).collect();
+            assert!(store_all(&*dev, &pages).iter().all(Result::is_ok));
+            for (pfn, page) in &pages {
+                assert_eq!(load(&*dev, *pfn).unwrap().0, page.0);
+            }
+            assert_eq!(memory.in_use().unwrap(), 600 * PAGE_SIZE as u64, "{spec}");
+            assert_eq!(load(&*dev, 0).err(), Some(DeviceError::Corrupt), "never stored");
+            dev.free(&[1023, 1023], testing::ME);
+            assert_eq!(load(&*dev, 1023).err(), Some(DeviceError::Corrupt));
+            assert_eq!(dev.usage().payload, 599 * PAGE_SIZE as u64);
+            assert_eq!(store_all(&*dev, &[(1024, page(7))]), [Err(DeviceError::Io(libc::EINVAL))]);
+            // Somebody may map free frames: they are not touched.
+            assert_eq!(dev.shrunk(0, 1024), 0);
+            dev.remove(testing::ME).unwrap();
+            assert_eq!((memory.in_use(), dev.usage().used), (Ok(0), 0));
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn memory_of_freed_frames_goes_back_when_there_is_much_of_it() {
+        let dev = testing::device("generic:memfd:48M");
+        let pages: Vec<_> = (0..12288).map(|i| (i, page(i))).collect();
+        assert!(store_all(&*dev, &pages).iter().all(Result::is_ok));
+        let (takes, pages_of) = (|| dev.memory().unwrap().in_use().unwrap(), |n: u64| n * PAGE_SIZE as u64);
+        assert_eq!(takes(), 48 << 20);
+        dev.free(&(0..KEPT as Pfn).collect::<Vec<_>>(), testing::ME);
+        assert_eq!(takes(), 48 << 20, "kept for what comes next");
+        let more: Vec<Pfn> = (KEPT as Pfn..12000).collect();
+        more.chunks(BATCH).for_each(|batch| dev.free(batch, testing::ME));
+        assert!(takes() <= pages_of(KEPT + 288 + BATCH as u64) && takes() >= pages_of(288), "{}", takes());
+        assert_eq!(dev.usage().used, takes());
+        assert!((12000..12288).all(|i| load(&*dev, i).unwrap().0 == page(i).0), "what is stored stays");
+        // What had gone is there again when it is stored.
+        assert!(store_all(&*dev, &pages[..12000]).iter().all(Result::is_ok));
+        assert!(pages.iter().all(|(pfn, page)| load(&*dev, *pfn).unwrap().0 == page.0));
+        assert_eq!((takes(), dev.usage().used, dev.usage().peak), (48 << 20, 48 << 20, 48 << 20));
+    }
+
+    #[test]
+    fn a_frame_that_was_only_mapped_goes_back_at_once() {
+        let dev = testing::device("coherent:memfd:1M");
+        let memory = dev.memory().unwrap();
+        memory.area().unwrap().write(7 * PAGE_SIZE, b"somebody's");
+        assert_eq!(memory.in_use(), Ok(PAGE_SIZE as u64));
+        dev.free(&[7], testing::ME);
+        assert_eq!(memory.in_use(), Ok(0));
+        assert!(memory.must_clear(), "others may be given back later");
+    }
+
+    #[test]
+    fn processes_store_and_load_in_the_same_memory() {
+        let spec: crate::device::spec::Spec = "generic:memfd:1M".parse().unwrap();
+        let (attach, _) = testing::attach(&spec);
+        let (area, path, peers) = (attach.area, attach.path.clone(), attach.peers.clone());
+        let dev = spec.attach(attach).unwrap();
+        let child = testing::in_child(|| {
+            // As after an exec: opened anew, by the launcher's path.
+            let theirs = spec.attach(Attach { area, path, peers, create: false }).unwrap();
+            assert!(testing::store(&*theirs, 5, &page(5)).is_ok());
+            assert!(testing::store(&*dev, 6, &page(6)).is_ok(), "what it has from its parent is the same");
+        });
+        assert_eq!(testing::status(child), 0);
+        assert_eq!((load(&*dev, 5).unwrap().0, load(&*dev, 6).unwrap().0), (page(5).0, page(6).0));
+    }
+
+    #[test]
+    fn huge_pages_that_there_are_not_are_a_full_device() {
+        // More than anyone has reserved; what there is of them works, the rest is an error and no SIGBUS.
+        let dev = testing::device("generic:hugetlb:64G");
+        let last = dev.frames() - 512;
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+        let free = text.lines().find_map(|l| l.strip_prefix("HugePages_Free:")).map_or("0", str::trim);
+        let free: u32 = free.parse().unwrap();
+        let stores: Vec<_> = (0..free + 1)
+            .map(|i| store_all(&*dev, &[(last - i * 512, page(1)), (last - i * 512 + 1, page(2))]))
+            .collect();
+        assert!(
+            stores.iter().any(|s| s[..] == [Err(DeviceError::Full), Err(DeviceError::Full)]),
+            "{stores:?}"
+        );
+        for (i, _) in stores.iter().enumerate().filter(|(_, s)| s[0].is_ok()) {
+            assert_eq!(load(&*dev, last - i as Pfn * 512 + 1).unwrap().0, page(2).0);
+        }
+        dev.remove(testing::ME).unwrap();
+    }
+
+    /// With `FARPAGE_DAX_DEVICE` naming a node that may be overwritten.
+    #[test]
+    fn a_device_dax_node_is_an_array_of_frames() {
+        let Ok(node) = std::env::var("FARPAGE_DAX_DEVICE") else {
+            println!("skipped: FARPAGE_DAX_DEVICE names no device-dax node");
+            return;
+        };
+        let spec: crate::device::spec::Spec = format!("coherent:{node}").parse().unwrap();
+        let spec = spec.resolved().unwrap();
+        let dev = spec.attach(testing::attach(&spec).0).unwrap();
+        let memory = dev.memory().unwrap();
+        assert_eq!((memory.frames(), memory.frame_size()), (dev.frames(), PAGE_SIZE as u64));
+        assert!(memory.must_clear() && !memory.gives_back() && dev.frames() > 1024);
+        let last = dev.frames() - 1;
+        let pages: Vec<_> = (0..1000).map(|i| (if i % 2 == 0 { i } else { last - i }, page(i))).collect();
+        for _ in 0..2 {
+            assert!(store_all(&*dev, &pages).iter().all(Result::is_ok));
+            assert!(pages.iter().all(|(pfn, page)| load(&*dev, *pfn).unwrap().0 == page.0));
+            dev.free(&pages.iter().map(|p| p.0).collect::<Vec<_>>(), testing::ME);
+            assert_eq!(load(&*dev, 0).err(), Some(DeviceError::Corrupt));
+        }
+        dev.remove(testing::ME).unwrap();
+        assert_eq!(dev.usage().used, 0);
+        let again = spec.create_backing().unwrap_err().to_string();
+        assert!(again.contains("in use by another process"), "{again}");
     }
 
     #[test]

@@ -7,111 +7,38 @@
 //! | `numa:NODE[:SIZE]` | `Coherent` | of that memory node and no other |
 //! | `p2pdma:SOURCE[:SIZE]` | `P2pDma` | its driver's; mapped only on request |
 //!
+//! Memory of the first three can be a device of a domain as well: then its frames, of 4 KiB each, serve as storage of pages
+//! ([`super::spec::Spec::Memory`], [`MemorySpec::attach`]).
+//!
 //! `SOURCE` is a device-dax node (`/dev/dax0.0`), a regular file without data (on a DAX file system it is the storage itself),
 //! a directory for an unlinked file (hugetlbfs: huge pages), or one of the words `memfd` and `hugetlb` (huge pages
 //! without a mount). A frame is what the memory is handed out in: 4 KiB, or 2 MiB for huge pages and a device-dax node
 //! aligned so. The memory of a free frame is given back to the system where it can be (not on device-dax).
+//!
+//! Files and nodes are locked (`flock`): who stores pages in one has it alone.
 
-use std::fmt;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
-use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SeekFrom};
+use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::spec::backing_path;
 use super::{Device, DeviceError, LoadOp, MemoryType, PagemapOps, StoreOp, Sum, Usage};
 use crate::frame::{Owner, Pfn};
-use crate::size::{SizeError, format_size, looks_like_size, parse_size};
-use crate::sys::{SharedMap, SteadyFile, numa};
+use crate::sys::{SharedArea, SharedMap, SteadyFile};
 use crate::{PAGE_SIZE, Page};
+
+mod open;
+mod spec;
+
+pub use open::MemoryError;
+pub use spec::{MemorySpec, MemorySpecError, Source};
 
 /// Bytes of a huge page.
 pub const HUGE: u64 = 2 << 20;
-const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+/// The smallest: a page.
+pub const MIN_SIZE: u64 = PAGE_SIZE as u64;
 /// The largest: what 32-bit frame numbers and their counts can do.
-const MAX_SIZE: u64 = 8 << 40;
-
-/// Where memory comes from.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub enum Source {
-    /// Anonymous memory.
-    Memfd,
-    /// Huge pages of 2 MiB.
-    Hugetlb,
-    /// Memory of one node.
-    Node(u32),
-    /// A device-dax node, a file, or a directory for one.
-    Path(PathBuf),
-}
-
-/// Which memory, and how much.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct MemorySpec {
-    /// `Generic`, `Coherent` or `P2pDma`.
-    pub memory_type: MemoryType,
-    /// Where it comes from.
-    pub source: Source,
-    /// Bytes; `None`: all that the device-dax node or the file has.
-    pub size: Option<u64>,
-}
-
-/// Why a text is not such memory.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum MemorySpecError {
-    /// No such kind.
-    #[error(
-        "unknown memory `{0}` (there are generic:, coherent:, p2pdma: with memfd, hugetlb or a path, and numa:NODE)"
-    )]
-    Unknown(String),
-    /// The size is none.
-    #[error("memory `{0}`: {1}")]
-    Size(String, SizeError),
-    /// The node is no number.
-    #[error("memory `{0}` names no node (write `numa:NODE` or `numa:NODE:SIZE`)")]
-    Node(String),
-}
-
-/// Why memory could not be set up.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum MemoryError {
-    /// A system call.
-    #[error("memory {name}: cannot {what}: {errno}")]
-    Sys {
-        /// The specification.
-        name: String,
-        /// What was tried.
-        what: &'static str,
-        /// Why.
-        errno: Errno,
-    },
-    /// No size was given and there is none to be found.
-    #[error("memory {0} needs a size (write {0}:SIZE)")]
-    NoSize(String),
-    /// The size is no multiple of the page size of the memory, or none at all.
-    #[error("memory {name}: {size} bytes are not a whole number of its {} pages, or more than there are", format_size(*.frame_size))]
-    Size {
-        /// The specification.
-        name: String,
-        /// The size.
-        size: u64,
-        /// Bytes of a frame.
-        frame_size: u64,
-    },
-    /// The machine has no such memory node.
-    #[error("memory {name}: this machine has no such node (nodes with memory: {nodes:?})")]
-    NoNode {
-        /// The specification.
-        name: String,
-        /// Those that it has.
-        nodes: Vec<u32>,
-    },
-    /// The file has data, which would be overwritten.
-    #[error("memory {0}: the file holds data")]
-    HasData(String),
-}
+pub const MAX_SIZE: u64 = 8 << 40;
 
 /// Memory that can be mapped; see the module's description. It is a pagemap's driver ([`PagemapOps`]), of each type
 /// the same; what `Coherent` adds is that it stores and loads pages ([`Device`]).
@@ -120,127 +47,16 @@ pub struct DeviceMemory {
     memory_type: MemoryType,
     frames: u32,
     frame_size: u64,
-    /// The memory of free frames can be given back, and is zero afterwards.
-    punches: bool,
+    /// Memory can be given back in pieces of so many bytes, which are zero afterwards; `None`: it cannot.
+    piece: Option<u64>,
+    /// Pages are stored in its frames, by another who has this ([`super::mem::Mem`]).
+    stores: bool,
     file: SteadyFile,
     /// What the first process opened, by whose path the others open it.
-    _origin: OwnedFd,
-    /// `Coherent`: all of it, for copies in and out.
+    _origin: Option<OwnedFd>,
+    /// All of it, for copies in and out: if it is `Coherent`, or stores pages.
     whole: Option<SharedMap>,
 }
-
-impl MemorySpec {
-    /// Opens or makes the memory.
-    ///
-    /// # Errors
-    /// See [`MemoryError`].
-    pub fn create(&self) -> Result<DeviceMemory, MemoryError> {
-        let name = self.to_string();
-        let failed = |what| {
-            let name = name.clone();
-            move |errno| MemoryError::Sys { name, what, errno }
-        };
-        let (file, dax) = self.open().map_err(failed("open it"))?;
-        let stat = rustix::fs::fstat(&file).map_err(failed("look at it"))?;
-        let hugetlb = rustix::fs::fstatfs(&file).is_ok_and(|fs| fs.f_type as u64 == HUGETLBFS_MAGIC);
-        let (has, frame_size) = match dax {
-            Some(Dax { size, align }) => (size, if align >= HUGE { HUGE } else { PAGE_SIZE as u64 }),
-            None => (stat.st_size as u64, if hugetlb { HUGE } else { PAGE_SIZE as u64 }),
-        };
-        // All of a file on hugetlbfs counts as data.
-        if dax.is_none() && has > 0 && !hugetlb && rustix::fs::seek(&file, SeekFrom::Data(0)).is_ok() {
-            return Err(MemoryError::HasData(name));
-        }
-        let size = match self.size {
-            None if has == 0 => return Err(MemoryError::NoSize(name)),
-            None => has,
-            Some(size) => size,
-        };
-        let right = size >= frame_size && size.is_multiple_of(frame_size) && size <= MAX_SIZE;
-        if !right || (dax.is_some() && size > has) {
-            return Err(MemoryError::Size { name, size, frame_size });
-        }
-        if dax.is_none() && has < size {
-            rustix::fs::ftruncate(&file, size).map_err(failed("size it (see `ulimit -f`)"))?;
-        }
-        let whole = matches!(self.memory_type, MemoryType::Coherent)
-            .then(|| SharedMap::new(&file, 0, size as usize))
-            .transpose()
-            .map_err(failed("map it"))?;
-        if let (Source::Node(node), Some(map)) = (&self.source, &whole) {
-            let nodes = numa::memory_nodes();
-            if !nodes.contains(node) {
-                return Err(MemoryError::NoNode { name, nodes });
-            }
-            numa::bind_memory(map.addr(), map.len(), *node).map_err(failed("bind it to the node"))?;
-        }
-        let path = backing_path(&file);
-        let steady = SteadyFile::open(&path, OFlags::RDWR).map_err(failed("open it again"))?;
-        Ok(DeviceMemory {
-            name,
-            memory_type: self.memory_type,
-            frames: (size / frame_size) as u32,
-            frame_size,
-            punches: dax.is_none(),
-            file: steady,
-            _origin: file,
-            whole,
-        })
-    }
-
-    fn open(&self) -> Result<(OwnedFd, Option<Dax>), Errno> {
-        let rw = OFlags::RDWR | OFlags::CLOEXEC;
-        let mode = Mode::RUSR | Mode::WUSR;
-        Ok(match &self.source {
-            Source::Memfd | Source::Node(_) => {
-                (rustix::fs::memfd_create("farpage-memory", MemfdFlags::CLOEXEC)?, None)
-            }
-            Source::Hugetlb => {
-                let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
-                (rustix::fs::memfd_create("farpage-huge", flags)?, None)
-            }
-            Source::Path(path) if path.is_dir() => {
-                (rustix::fs::open(path, rw | OFlags::TMPFILE, mode)?, None)
-            }
-            Source::Path(path) => {
-                // A mistyped node does not become a file.
-                let makes_one = self.size.is_some() && path.parent() != Some("/dev".as_ref());
-                let create = if makes_one { OFlags::CREATE } else { OFlags::empty() };
-                let file = rustix::fs::open(path, rw | create, mode)?;
-                let char_device = path.metadata().is_ok_and(|m| m.file_type().is_char_device());
-                let dax = if char_device { Some(Dax::of(&file)?) } else { None };
-                (file, dax)
-            }
-        })
-    }
-}
-
-/// What the kernel says of a device-dax node.
-#[derive(Clone, Copy)]
-struct Dax {
-    size: u64,
-    align: u64,
-}
-
-impl Dax {
-    fn of(file: &OwnedFd) -> Result<Self, Errno> {
-        let rdev = rustix::fs::fstat(file)?.st_rdev;
-        let dir = format!("/sys/dev/char/{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev));
-        let dir = Path::new(&dir);
-        let bus = dir.join("subsystem").canonicalize().map_err(|_| Errno::NODEV)?;
-        if bus.file_name() != Some("dax".as_ref()) {
-            return Err(Errno::NODEV);
-        }
-        let number = |file: &str| {
-            let text = std::fs::read_to_string(dir.join(file)).ok()?;
-            let text = text.trim();
-            text.strip_prefix("0x").map_or_else(|| text.parse().ok(), |hex| u64::from_str_radix(hex, 16).ok())
-        };
-        let size = number("size").ok_or(Errno::NODEV)?;
-        Ok(Self { size, align: number("align").unwrap_or(HUGE) })
-    }
-}
-
 impl DeviceMemory {
     /// Its type.
     pub fn memory_type(&self) -> MemoryType {
@@ -264,7 +80,27 @@ impl DeviceMemory {
 
     /// Whether frames that are allocated may hold old bytes: whoever hands them out clears them.
     pub fn must_clear(&self) -> bool {
-        !self.punches
+        self.stores || self.piece.is_none()
+    }
+
+    /// Whether pages are stored in its frames.
+    pub fn stores_pages(&self) -> bool {
+        self.stores
+    }
+
+    /// Whether the memory of a single frame of 4 KiB can be given back to the system.
+    pub(super) fn gives_back_pages(&self) -> bool {
+        self.piece == Some(PAGE_SIZE as u64)
+    }
+
+    /// Whether its memory can be given back at all.
+    pub(super) fn gives_back(&self) -> bool {
+        self.piece.is_some()
+    }
+
+    /// All of it, where there is a mapping.
+    pub(super) fn area(&self) -> Option<SharedArea> {
+        self.whole.map(|map| map.area(0, map.len()))
     }
 
     /// Bytes of the system's memory that it takes just now.
@@ -303,7 +139,7 @@ impl PagemapOps for DeviceMemory {
     }
 
     fn page_free(&self, pfns: &[Pfn], _owner: Owner) {
-        if !self.punches {
+        if self.piece.is_none() {
             return;
         }
         let mut sorted: arrayvec::ArrayVec<Pfn, { crate::frame::BATCH }> = arrayvec::ArrayVec::new();
@@ -329,7 +165,7 @@ impl PagemapOps for DeviceMemory {
     }
 
     fn remove(&self, _owner: Owner) -> Result<(), Errno> {
-        if self.punches { self.punch(0, self.frames) } else { Ok(()) }
+        if self.piece.is_some() { self.punch(0, self.frames) } else { Ok(()) }
     }
 }
 
@@ -371,57 +207,5 @@ impl Device for DeviceMemory {
         let used = self.in_use().unwrap_or(0);
         let capacity = u64::from(self.frames) * self.frame_size;
         Usage { capacity, used, payload: used, peak: used }
-    }
-}
-
-impl FromStr for MemorySpec {
-    type Err = MemorySpecError;
-
-    fn from_str(text: &str) -> Result<Self, MemorySpecError> {
-        let unknown = || MemorySpecError::Unknown(text.to_owned());
-        let (kind, rest) = text.split_once(':').ok_or_else(unknown)?;
-        let (source, size) = match rest.rsplit_once(':') {
-            Some((source, size)) if looks_like_size(size) => {
-                let size = parse_size(size).map_err(|e| MemorySpecError::Size(text.to_owned(), e))?;
-                (source, Some(size))
-            }
-            _ => (rest, None),
-        };
-        let memory_type = match kind {
-            "generic" => MemoryType::Generic,
-            "coherent" | "numa" => MemoryType::Coherent,
-            "p2pdma" => MemoryType::P2pDma,
-            _ => return Err(unknown()),
-        };
-        let source = match (kind, source) {
-            ("numa", node) => Source::Node(node.parse().map_err(|_| MemorySpecError::Node(text.to_owned()))?),
-            (_, "") => return Err(unknown()),
-            (_, "memfd") => Source::Memfd,
-            (_, "hugetlb") => Source::Hugetlb,
-            (_, path) => Source::Path(path.into()),
-        };
-        Ok(Self { memory_type, source, size })
-    }
-}
-
-impl fmt::Display for MemorySpec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (&self.source, self.memory_type) {
-            (Source::Node(node), _) => write!(f, "numa:{node}")?,
-            (source, memory_type) => {
-                f.write_str(match memory_type {
-                    MemoryType::Coherent => "coherent:",
-                    MemoryType::P2pDma => "p2pdma:",
-                    _ => "generic:",
-                })?;
-                match source {
-                    Source::Memfd => f.write_str("memfd")?,
-                    Source::Hugetlb => f.write_str("hugetlb")?,
-                    Source::Path(path) => write!(f, "{}", path.display())?,
-                    Source::Node(node) => write!(f, "{node}")?,
-                }
-            }
-        }
-        self.size.map_or(Ok(()), |size| write!(f, ":{}", format_size(size)))
     }
 }

@@ -120,10 +120,15 @@ pub trait Device: Send + Sync {
     fn is_memory(&self) -> bool {
         false
     }
-    /// The address in this process of the frame's bytes, where the device lies in the domain's shared memory as it is: from
-    /// there a page can be mapped in place.
+    /// The address in this process of the frame's bytes, where they lie in memory as they are: in the domain's shared memory, or
+    /// in [`Device::memory`]. From there a page can be mapped in place.
     fn address_of(&self, pfn: Pfn) -> Option<usize> {
         let _pfn = pfn;
+        None
+    }
+    /// The memory in which the pages lie, where the CPU reaches them at frame number × 4096 bytes: it gives the device's
+    /// pagemap its type.
+    fn memory(&self) -> Option<&memory::DeviceMemory> {
         None
     }
     /// The frames `[first, end)` are free and are not going to be allocated: what memory stands behind them may go back to

@@ -48,6 +48,17 @@ pub trait PagemapOps: Send + Sync {
         None
     }
 
+    /// How many frames it has.
+    fn frames(&self) -> u32 {
+        self.memory().map_or_else(|| self.migrate_to_ram().map_or(0, Device::frames), DeviceMemory::frames)
+    }
+
+    /// `owner` has been waiting for long for somebody's transfer of a reference, and is in none himself: who began it may
+    /// be dead, and where nobody else cleans up after the dead it is to be done now.
+    fn stuck(&self, owner: Owner) {
+        let _owner = owner;
+    }
+
     /// A process has died; see [`Device::repair`].
     fn repair(&self, owner: Owner) {
         let _owner = owner;
@@ -68,6 +79,10 @@ impl PagemapOps for Box<dyn Device> {
 
     fn migrate_to_ram(&self) -> Option<&(dyn Device + 'static)> {
         Some(&**self)
+    }
+
+    fn memory(&self) -> Option<&DeviceMemory> {
+        Device::memory(&**self)
     }
 
     fn repair(&self, owner: Owner) {

@@ -1,4 +1,5 @@
-//! Device specifications: `ram[:SIZE]`, `mem:SIZE`, `file:DIR[:SIZE]`, and for tests `inject:RULES:SPEC`.
+//! Device specifications: `ram[:SIZE]`, `mem:SIZE`, `file:DIR[:SIZE]`, memory of its own (`generic:SOURCE[:SIZE]`,
+//! `coherent:SOURCE[:SIZE]`, `numa:NODE:SIZE`), and for tests `inject:RULES:SPEC`.
 
 use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -8,7 +9,8 @@ use std::str::FromStr;
 use rustix::io::Errno;
 
 use super::inject::{Inject, Rules, RulesError};
-use super::{Attach, Device, file, mem, ram};
+use super::memory::{self, MemoryError, MemorySpec, MemorySpecError, Source};
+use super::{Attach, Device, MemoryType, file, mem, ram};
 use crate::size::{SizeError, format_size, looks_like_size, parse_size};
 
 /// Which device, and how large.
@@ -31,6 +33,8 @@ pub enum Spec {
         /// Bytes the file may occupy.
         size: Option<u64>,
     },
+    /// Uncompressed pages in memory of a type of its own (`None` as its size: all that there is).
+    Memory(MemorySpec),
     /// Another device with faults injected, for tests.
     Inject {
         /// Which operations fail, and how.
@@ -44,8 +48,17 @@ pub enum Spec {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SpecError {
     /// No such kind of device.
-    #[error("unknown device `{0}` (there are `ram[:SIZE]`, `mem:SIZE` and `file:DIR[:SIZE]`)")]
+    #[error(
+        "unknown device `{0}` (there are `ram[:SIZE]`, `mem:SIZE`, `file:DIR[:SIZE]`, `generic:SOURCE[:SIZE]`, \
+         `coherent:SOURCE[:SIZE]` and `numa:NODE:SIZE`)"
+    )]
     Unknown(String),
+    /// Memory of its own.
+    #[error(transparent)]
+    Memory(MemorySpecError),
+    /// Memory that is its driver's.
+    #[error("device `{0}`: peer-to-peer memory is its driver's, no pages are stored in it")]
+    Peer(String),
     /// The size is none.
     #[error("device `{0}`: {1}")]
     Size(String, SizeError),
@@ -55,8 +68,8 @@ pub enum SpecError {
     /// The size is above the largest that works.
     #[error("device `{0}` is too large: the largest that works is {max}", max = format_size(*.1))]
     TooLarge(String, u64),
-    /// `mem` without a size.
-    #[error("device `{0}` needs a size (write `mem:SIZE`)")]
+    /// `mem`, or memory of its own that is made for it, without a size.
+    #[error("device `{0}` needs a size (write `{0}:SIZE`)")]
     NoSize(String),
     /// `file` without a directory.
     #[error("device `{0}` names no directory (write `file:DIR` or `file:DIR:SIZE`)")]
@@ -82,6 +95,12 @@ pub enum SetupError {
         /// Why.
         errno: Errno,
     },
+    /// Memory of its own cannot be had, or not be reached in this process.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The size that a file or a node has does not work.
+    #[error(transparent)]
+    Size(#[from] SpecError),
     /// The backing file, which the launcher created, cannot be opened in this process.
     #[error("device `{name}` cannot open its file `{path}`: {errno}")]
     Open {
@@ -106,19 +125,50 @@ impl Spec {
         match self {
             Self::Ram { size } | Self::File { size, .. } => *size,
             Self::Mem { size } => Some(*size),
+            Self::Memory(memory) => memory.size,
             Self::Inject { inner, .. } => inner.size(),
+        }
+    }
+
+    /// The device itself, without injected faults.
+    pub fn base(&self) -> &Self {
+        match self {
+            Self::Inject { inner, .. } => inner.base(),
+            device => device,
+        }
+    }
+
+    /// In the launcher: the same device with the size that the file or the node of [`Spec::Memory`] has, if none was given.
+    /// (Others get theirs from whoever divides the memory.)
+    ///
+    /// # Errors
+    /// [`SetupError`]: it is not there, or has no size.
+    pub fn resolved(self) -> Result<Self, SetupError> {
+        match self.base() {
+            Self::Memory(memory) if memory.size.is_none() => {
+                let text = self.to_string();
+                let size = memory.available()?;
+                let resolved = self.set_size(size);
+                Ok(resolved.check_size(&text)?)
+            }
+            _ => Ok(self),
         }
     }
 
     /// The same device with this size in bytes, brought within what works.
     pub fn with_size(self, bytes: u64) -> Self {
         let (min, max) = self.limits();
-        let size = Some(bytes.clamp(min, max));
+        self.set_size(bytes.clamp(min, max))
+    }
+
+    fn set_size(self, bytes: u64) -> Self {
+        let size = Some(bytes);
         match self {
             Self::Ram { .. } => Self::Ram { size },
-            Self::Mem { .. } => Self::Mem { size: bytes.clamp(min, max) },
+            Self::Mem { .. } => Self::Mem { size: bytes },
             Self::File { dir, .. } => Self::File { dir, size },
-            Self::Inject { rules, inner } => Self::Inject { rules, inner: Box::new(inner.with_size(bytes)) },
+            Self::Memory(memory) => Self::Memory(MemorySpec { size, ..memory }),
+            Self::Inject { rules, inner } => Self::Inject { rules, inner: Box::new(inner.set_size(bytes)) },
         }
     }
 
@@ -128,6 +178,7 @@ impl Spec {
             Self::Ram { .. } => (ram::MIN_SIZE, ram::MAX_SIZE),
             Self::Mem { .. } => (mem::MIN_SIZE, mem::MAX_SIZE),
             Self::File { .. } => (file::MIN_SIZE, file::MAX_SIZE),
+            Self::Memory(_) => (memory::MIN_SIZE, memory::MAX_SIZE),
             Self::Inject { inner, .. } => inner.limits(),
         }
     }
@@ -142,7 +193,7 @@ impl Spec {
     pub fn frames(&self) -> u32 {
         match self {
             Self::Ram { .. } => ram::frames(self.bytes()),
-            Self::Mem { .. } => mem::frames(self.bytes()),
+            Self::Mem { .. } | Self::Memory(_) => mem::frames(self.bytes()),
             Self::File { .. } => file::frames(self.bytes()),
             Self::Inject { inner, .. } => inner.frames(),
         }
@@ -153,6 +204,7 @@ impl Spec {
         match self {
             Self::Ram { .. } => ram::shared_len(self.bytes()),
             Self::Mem { .. } => mem::shared_len(self.bytes()),
+            Self::Memory(_) => mem::notes_len(self.bytes()),
             Self::File { .. } => file::shared_len(self.bytes()),
             Self::Inject { inner, .. } => Inject::SHARED_LEN + inner.shared_len(),
         }
@@ -164,6 +216,7 @@ impl Spec {
         match self {
             Self::Ram { .. } | Self::Mem { .. } => Ok(None),
             Self::Inject { inner, .. } => inner.create_backing(),
+            Self::Memory(memory) => Ok(Some(memory.create_backing()?)),
             Self::File { dir, .. } => file::create_backing(dir, self.bytes()).map(Some).map_err(|errno| {
                 SetupError::Create { dir: dir.display().to_string(), size: self.bytes(), errno }
             }),
@@ -175,6 +228,7 @@ impl Spec {
         Ok(match self {
             Self::Ram { .. } => Box::new(ram::Ram::attach(self.bytes(), attach)),
             Self::Mem { .. } => Box::new(mem::Mem::attach(self.bytes(), &attach)),
+            Self::Memory(memory) => Box::new(mem::Mem::attach_memory(memory, &attach)?),
             Self::File { .. } => {
                 let name = self.clone().with_size(self.bytes()).to_string();
                 Box::new(file::File::attach(name.clone(), self.bytes(), &attach).map_err(|errno| {
@@ -199,8 +253,8 @@ impl Spec {
     }
 }
 
-/// `DIR`, `DIR:SIZE`, or `DIR:` for a directory whose name itself ends in something like a size.
-fn split_dir(text: &str) -> Result<(&str, Option<u64>), SizeError> {
+/// `DIR`, `DIR:SIZE`, or `DIR:` for a directory (or another name) that itself ends in something like a size.
+pub(crate) fn split_dir(text: &str) -> Result<(&str, Option<u64>), SizeError> {
     match text.rsplit_once(':') {
         Some((dir, "")) => Ok((dir, None)),
         Some((dir, size)) if looks_like_size(size) => Ok((dir, Some(parse_size(size)?))),
@@ -232,6 +286,16 @@ impl FromStr for Spec {
                 }
                 Self::File { dir: dir.into(), size }.check_size(text)
             }
+            ("generic" | "coherent" | "numa" | "p2pdma", _) => {
+                let memory: MemorySpec = text.parse().map_err(SpecError::Memory)?;
+                if memory.memory_type == MemoryType::P2pDma {
+                    return Err(SpecError::Peer(text.to_owned()));
+                }
+                if memory.size.is_none() && !matches!(memory.source, Source::Path(_)) {
+                    return Err(SpecError::NoSize(text.trim_end_matches(':').to_owned()));
+                }
+                Self::Memory(memory).check_size(text)
+            }
             ("inject", rest) => {
                 let (rules, inner) =
                     rest.split_once(':').ok_or_else(|| SpecError::NoInner(text.to_owned()))?;
@@ -261,6 +325,7 @@ impl fmt::Display for Spec {
                 let clear = split_dir(&dir).is_ok_and(|split| split == (&dir, None));
                 write!(f, "file:{dir}{}", if clear { "" } else { ":" })
             }
+            Self::Memory(memory) => write!(f, "{memory}"),
             Self::Inject { rules, inner } => write!(f, "inject:{rules}:{inner}"),
         }
     }
@@ -273,6 +338,10 @@ mod tests {
 
     fn file(dir: &str, size: Option<u64>) -> Spec {
         Spec::File { dir: dir.into(), size }
+    }
+
+    fn memory(memory_type: MemoryType, source: Source, size: Option<u64>) -> Spec {
+        Spec::Memory(MemorySpec { memory_type, source, size })
     }
 
     #[test]
@@ -289,6 +358,12 @@ mod tests {
             ("file:/a:64M:", file("/a:64M", None)),
             ("file:/a::", file("/a:", None)),
             ("file:/a:12X", file("/a:12X", None)),
+            ("generic:memfd:64M", memory(MemoryType::Generic, Source::Memfd, Some(64 << 20))),
+            ("coherent:hugetlb:64M", memory(MemoryType::Coherent, Source::Hugetlb, Some(64 << 20))),
+            ("numa:1:1G", memory(MemoryType::Coherent, Source::Node(1), Some(1 << 30))),
+            ("generic:/dev/dax0.0", memory(MemoryType::Generic, Source::Path("/dev/dax0.0".into()), None)),
+            ("generic:/a:64M:", memory(MemoryType::Generic, Source::Path("/a:64M".into()), None)),
+            ("coherent:a:b:2G", memory(MemoryType::Coherent, Source::Path("a:b".into()), Some(2 << 30))),
         ] {
             assert_eq!(text.parse(), Ok(spec), "{text}");
         }
@@ -315,6 +390,16 @@ mod tests {
             ("file:/a:4095", "smallest that works is 1M"),
             ("file:/a:9T", "largest that works is 8T"),
             ("file:/a:99999999T", "size `99999999T` is too large"),
+            ("generic", "unknown memory `generic`"),
+            ("generic:", "unknown memory"),
+            ("generic:memfd", "device `generic:memfd` needs a size (write `generic:memfd:SIZE`)"),
+            ("generic:hugetlb:", "device `generic:hugetlb` needs a size"),
+            ("numa:1", "device `numa:1` needs a size (write `numa:1:SIZE`)"),
+            ("numa:one:1G", "names no node"),
+            ("generic:memfd:100", "smallest that works is 4K"),
+            ("coherent:/a:9T", "largest that works is 8T"),
+            ("generic:memfd:99999999T", "size `99999999T` is too large"),
+            ("p2pdma:memfd:1M", "peer-to-peer memory is its driver's"),
             ("inject", "names no device"),
             ("inject:fail-store=1", "names no device"),
             ("inject:nonsense:ram", "nonsense"),
@@ -336,6 +421,24 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_is_there_has_its_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("memory");
+        let text = format!("inject:full=1:generic:{}", path.display());
+        let spec: Spec = text.parse().unwrap();
+        let error = spec.clone().resolved().unwrap_err().to_string();
+        assert!(error.contains("cannot open it: No such file"), "{error}");
+        std::fs::File::create(&path).unwrap().set_len(5 << 20).unwrap();
+        let spec = spec.resolved().unwrap();
+        assert_eq!((spec.size(), spec.frames()), (Some(5 << 20), 1280));
+        assert_eq!(spec.to_string(), format!("{text}:5M"));
+        std::fs::File::create(&path).unwrap().set_len(100).unwrap();
+        let error = text.parse::<Spec>().unwrap().resolved().unwrap_err().to_string();
+        assert!(error.contains("smallest that works is 4K"), "{error}");
+        assert_eq!("ram".parse::<Spec>().unwrap().resolved(), Ok(Spec::Ram { size: None }));
+    }
+
+    #[test]
     fn a_missing_directory_is_named() {
         let spec: Spec = "file:/nowhere/at/all:1M".parse().unwrap();
         let error = spec.create_backing().unwrap_err().to_string();
@@ -348,6 +451,7 @@ mod tests {
             text in prop_oneof![
                 any::<String>(),
                 "(ram|mem|file|inject)(:[a-z0-9=x,+*%-]{0,12}){0,3}(:(ram|mem|file))?(:[/a-zKMGT0-9.]{0,6}){0,3}:?",
+                "(inject:full=1:)?(generic|coherent|numa|p2pdma):(memfd|hugetlb|[0-9]{0,3}|/[a-z0-9:KMG]{0,8})(:[0-9]{1,9}[KMGT]?)?:?",
             ]
         ) {
             if let Ok(spec) = text.parse::<Spec>() {
@@ -359,6 +463,10 @@ mod tests {
         fn every_directory_round_trips(dir in "[^\0]{1,12}", size in proptest::option::of(1u64 << 20..1 << 40)) {
             let spec = file(&dir, size);
             prop_assert_eq!(spec.to_string().parse(), Ok(spec));
+            if dir != "memfd" && dir != "hugetlb" {
+                let spec = memory(MemoryType::Generic, Source::Path(dir.into()), size);
+                prop_assert_eq!(spec.to_string().parse(), Ok(spec));
+            }
         }
     }
 }

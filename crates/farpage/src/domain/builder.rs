@@ -139,12 +139,13 @@ impl Builder {
     }
 }
 
-/// A device that was given no size gets half of what there is.
+/// A device that was given no size gets half of what there is; one that has its memory has its size as well.
 fn sized(spec: Spec) -> Spec {
     if spec.size().is_some() {
         return spec;
     }
-    let room = match &spec {
+    let room = match spec.base() {
+        Spec::Memory(_) => return spec,
         Spec::File { dir, .. } => statvfs(dir).map_or(0, |s| s.f_bavail.saturating_mul(s.f_frsize)),
         _ => free_memory(),
     };

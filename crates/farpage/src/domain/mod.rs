@@ -11,7 +11,7 @@ mod stats;
 mod tenants;
 mod walk;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -27,8 +27,9 @@ pub use slot::{Counter, Slot, state};
 pub use stats::{DeviceStats, Stats};
 pub use tenants::DomainTenants;
 
+use crate::device::memory::DeviceMemory;
 use crate::device::spec::{SetupError, Spec};
-use crate::device::{Attach, Device};
+use crate::device::{Attach, Device, MemoryType};
 use crate::frame::{Owner, Pfn};
 use crate::pagemap::{Live, Pagemap, RefError, RegisterError, Registration};
 use crate::sys::{Peers, SharedArea, SharedMap};
@@ -147,6 +148,8 @@ pub struct Domain {
     file: OwnedFd,
     words: HeaderWords,
     peers: Arc<SlotPeers>,
+    /// In the launcher: the devices' backing files.
+    backing: Vec<OwnedFd>,
 }
 
 /// Slots as peers of a robust lock.
@@ -188,6 +191,10 @@ impl Domain {
             "size the domain's shared memory (is a file size limit set? see `ulimit -f`)",
         ))?;
         let launcher = std::process::id();
+        let mut config = config.clone();
+        for spec in &mut config.devices {
+            *spec = spec.clone().resolved().map_err(|source| device_err(spec, source))?;
+        }
         let mut backing = Vec::new();
         let mut paths = Vec::new();
         for spec in &config.devices {
@@ -196,7 +203,7 @@ impl Domain {
             backing.push(fd);
         }
         let private = !own.is_empty();
-        let record = Record { config: config.clone(), launcher, paths, private };
+        let record = Record { config, launcher, paths, private };
         let json = serde_json::to_vec(&record).map_err(|_| DomainError::TooLong)?;
         if json.len() > layout::HEADER / 2 {
             return Err(DomainError::TooLong);
@@ -207,9 +214,10 @@ impl Domain {
         area.atomics64()[1].store(json.len() as u64, Ordering::Relaxed);
         // Release: who sees the magic sees the rest (the tree is started afterwards anyway).
         area.atomics64()[0].store(layout::MAGIC, Ordering::Release);
-        // The backing files live as long as the launcher: its children reach them through /proc.
-        backing.into_iter().flatten().for_each(std::mem::forget);
-        Self::open(file, map, record, true, own)
+        // Its children reach them through /proc.
+        let mut domain = Self::open(file, map, record, true, own)?;
+        domain.backing = backing.into_iter().flatten().collect();
+        Ok(domain)
     }
 
     /// Joins the domain whose segment `path` names.
@@ -261,7 +269,7 @@ impl Domain {
             at += counts_len(spec.frames()) + own_len(spec);
             let attach = Attach { area, path: path.clone(), peers: peers.clone(), create };
             let device = spec.attach(attach).map_err(|source| device_err(spec, source))?;
-            let what = Registration::paging(id as u8, device);
+            let what = registration(id as u8, device);
             let map = Pagemap::register(what, counts, create)
                 .map_err(|source| DomainError::Register { device: spec.to_string(), source })?;
             pagemaps.push(map);
@@ -270,7 +278,7 @@ impl Domain {
             let counts = map.area(at, counts_len(device.frames()));
             at += counts.len();
             let name = device.name().to_owned();
-            let what = Registration::paging(pagemaps.len() as u8, device);
+            let what = registration(pagemaps.len() as u8, device);
             let map = Pagemap::register(what, counts, create)
                 .map_err(|source| DomainError::Register { device: name, source })?;
             pagemaps.push(map);
@@ -287,7 +295,19 @@ impl Domain {
             plain_all: &w32[2],
             past: &w[24..24 + slot::COUNTERS],
         };
-        Ok(Self { config: record.config, launcher: record.launcher, pagemaps, map, file, words, peers })
+        let Record { config, launcher, .. } = record;
+        Ok(Self { config, launcher, pagemaps, map, file, words, peers, backing: Vec::new() })
+    }
+
+    /// The tree has ended: the memory of devices that have some of their own goes back, as far as it can, so that a file that
+    /// has a name is empty again.
+    fn give_back_memory(&self, me: Owner) {
+        let own = self.pagemaps.iter().filter(|map| map.device.ops().memory().is_some());
+        for map in own.filter(|map| map.frames.used() == 0) {
+            if let Err(e) = map.device.ops().remove(me) {
+                crate::sys::say(&format!("device {}: cannot give its memory back: {e}", map.name()));
+            }
+        }
     }
 
     /// The segment's descriptor.
@@ -295,15 +315,23 @@ impl Domain {
         self.file.as_fd()
     }
 
-    /// Whether an address is in this process's mapping of the segment.
+    /// Whether an address is in this process's mappings of the segment and of the devices' memory.
     pub fn maps(&self, addr: usize) -> bool {
-        addr.wrapping_sub(self.map.addr()) < self.map.len()
+        let of_a_device = |map: &Pagemap| {
+            let len = map.frames.len() * crate::PAGE_SIZE;
+            map.device.address_of(0).is_some_and(|start| addr.wrapping_sub(start) < len)
+        };
+        addr.wrapping_sub(self.map.addr()) < self.map.len() || self.pagemaps.iter().any(of_a_device)
     }
 
-    /// Where a frame's bytes lie in the segment, if they lie there as they are.
-    pub fn offset_of(&self, device: u8, pfn: crate::frame::Pfn) -> Option<u64> {
-        let addr = self.pagemap(device).device.address_of(pfn)?;
-        self.maps(addr).then(|| (addr - self.map.addr()) as u64)
+    /// Where a frame's bytes lie, if they lie somewhere as they are: a file, and the offset in it.
+    pub fn file_of(&self, device: u8, pfn: Pfn) -> Option<(BorrowedFd<'_>, u64)> {
+        let map = self.pagemap(device);
+        if let Some(memory) = map.device.ops().memory() {
+            return Some((memory.file().get().ok()?, u64::from(pfn) * memory.frame_size()));
+        }
+        let offset = map.device.address_of(pfn)?.checked_sub(self.map.addr())?;
+        (offset < self.map.len()).then_some((self.file.as_fd(), offset as u64))
     }
 
     /// Gives back what processes of the domain held that have died or begun another program, and returns how many: for the process
@@ -394,6 +422,12 @@ impl Drop for Domain {
         // Views of the segment are handed out by way of the domain only, and used while it lives.
         self.map.unmap();
     }
+}
+
+/// A device that stores and loads pages: of the type of the memory in which they lie, if the CPU reaches that.
+fn registration(id: u8, device: Box<dyn Device>) -> Registration {
+    let memory_type = device.memory().map_or(MemoryType::Private, DeviceMemory::memory_type);
+    Registration { memory_type, ..Registration::paging(id, device) }
 }
 
 /// Bytes of a device's frame table in the segment; whole pages, so that its own area begins on one.

@@ -154,7 +154,11 @@ impl Launcher {
                 .slots()
                 .any(|(o, s)| o != self.me && s.state.load(Ordering::Acquire) != state::FREE);
             if !busy || Instant::now() > deadline {
-                return self.stats();
+                let stats = self.stats();
+                if !busy {
+                    self.domain.give_back_memory(self.me);
+                }
+                return stats;
             }
             self.wait_change(Duration::from_millis(5));
         }

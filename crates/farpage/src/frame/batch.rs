@@ -103,6 +103,29 @@ impl FrameTable {
         used.filter(|(_, w)| *w != 0).map(|(pfn, w)| (pfn, super::count(w)))
     }
 
+    /// A reference for `owner` to exactly this frame: one more or, if it is free, the first. For memory whose frames have
+    /// fixed places (the pages of a file), where whoever needs a free one allocates just that. In transit until it is
+    /// settled, as after [`Self::get_in_transit`] or [`Self::alloc`].
+    ///
+    /// # Errors
+    /// [`GetError::Transit`]: another was quicker, or is at it; try again. Never [`GetError::Free`].
+    pub fn take_in_transit(&self, pfn: Pfn, owner: Owner) -> Result<(), GetError> {
+        match self.get_in_transit(pfn, owner) {
+            Err(GetError::Free) => {}
+            r => return r,
+        }
+        let group = pfn / 64;
+        // Before the claim, both, as in `alloc_below`.
+        if self.high.load(Ordering::Relaxed) <= group {
+            self.high.fetch_max(group + 1, Ordering::Relaxed);
+        }
+        let hint = &self.hints[group as usize];
+        if hint.load(Ordering::Acquire) & 1 << (pfn % 64) == 0 {
+            hint.fetch_or(1 << (pfn % 64), Ordering::Acquire);
+        }
+        if self.claim(pfn, owner) { Ok(()) } else { Err(GetError::Transit) }
+    }
+
     /// As [`Self::get_in_transit`], waiting while another transfer or a freeze is under way. The caller must not be in
     /// transit on another frame.
     pub fn get_in_transit_waiting(&self, pfn: Pfn, owner: Owner) -> Result<(), GetError> {

@@ -5,8 +5,9 @@
 //! with it whoever cleans up knows what to put ([`Ledger::of`]), and whoever waits for a frame knows for whom.
 //!
 //! A record is one atomic word: owner (12 bits), kind (4), *moving* (1), length in frames (15), first frame (32). A
-//! record grows and shrinks by one frame at a time, at its end. While it does, the frame behind its end is *moving*: if
-//! that carries the owner's transit mark, the reference is not counted ([`Ledger::publishes`]).
+//! record grows and shrinks at its end, by at most [`BATCH`] frames at a time. While it does, the frames behind its end are
+//! *moving*: those of them that carry the owner's transit mark have a reference that is not counted
+//! ([`Ledger::publishes`]).
 //!
 //! Mutations tried by hand, and a test of `tests/loom_live.rs` that catches each:
 //!
@@ -17,7 +18,7 @@
 //! | `shrink` changes the record before it marks the frame | `a_crash_while_holding` and two more |
 //! | the high mark is not raised | `a_crash_while_holding` and two more |
 use super::platform::{AtomicU32, AtomicU64, Ordering};
-use super::{FrameTable, GetError, Owner, Pfn};
+use super::{BATCH, FrameTable, GetError, Owner, Pfn};
 
 /// What a reference to a frame is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -28,6 +29,8 @@ pub enum HolderKind {
     Pin,
     /// An allocation of a driver.
     Driver,
+    /// A pin for as long as its owner likes (`FOLL_LONGTERM`).
+    LongPin,
     /// A page entry: the page is away, and this is where.
     Entry,
     /// A page entry: the page is in DRAM, and this is its clean copy.
@@ -36,7 +39,7 @@ pub enum HolderKind {
 
 impl HolderKind {
     /// Those that are kept in a ledger; their places here are their numbers there.
-    const KEPT: [Self; 3] = [Self::Mapping, Self::Pin, Self::Driver];
+    const KEPT: [Self; 4] = [Self::Mapping, Self::Pin, Self::Driver, Self::LongPin];
 
     /// Whether such references are kept in a ledger (the others are in page entries).
     pub fn is_kept(self) -> bool {
@@ -50,6 +53,7 @@ impl std::fmt::Display for HolderKind {
             Self::Mapping => "mapping",
             Self::Pin => "pin",
             Self::Driver => "driver",
+            Self::LongPin => "long-term pin",
             Self::Entry => "page entry",
             Self::CleanCopy => "clean copy",
         })
@@ -67,7 +71,7 @@ pub struct Extent {
     pub pfn: Pfn,
     /// How many, at most [`MAX_LEN`].
     pub len: u32,
-    /// The frame behind the last one is on its way in or out.
+    /// Frames behind the last one are on their way in or out.
     pub moving: bool,
 }
 
@@ -142,34 +146,64 @@ impl Ledger {
         None
     }
 
-    /// A new record for `owner`, whose first frame is about to be taken with [`Self::grow`].
+    /// A new record for `owner`, whose first frames are about to be taken with [`Self::grow`].
     pub fn begin(&self, owner: Owner, kind: HolderKind, pfn: Pfn) -> Option<Place> {
         self.add(Extent { owner, kind, pfn, len: 0, moving: true })
     }
 
-    /// Takes the frame behind the end of the caller's record: one more reference, which the record counts from now on.
-    /// Waits out others' transfers, so the caller must not be in one. After an error the record is as it was; if it
-    /// was empty, it is free.
-    pub fn grow(&self, place: Place, table: &FrameTable) -> Result<(), GetError> {
+    /// Takes up to `n` (at most [`BATCH`]) of the frames behind the end of the caller's record: one more reference each,
+    /// which the record counts from now on; `first`: or the first one ([`FrameTable::take_in_transit`]). Returns how
+    /// many it took, at least one.
+    ///
+    /// # Errors
+    /// Why not even one. It waits for nobody, so [`GetError::Transit`] and [`GetError::Frozen`] are to be tried again.
+    /// The record is as it was; if it was empty, it is free.
+    pub fn grow(&self, place: Place, table: &FrameTable, n: u32, first: bool) -> Result<u32, GetError> {
         let Some(e) = self.get(place) else { return Err(GetError::Free) };
-        let pfn = e.pfn + e.len;
-        // Before the count changes: the mark on the frame means nothing yet.
+        let end = e.pfn + e.len;
+        // Before the counts change: the marks on the frames mean nothing yet.
         self.set(place, Extent { moving: true, ..e });
-        let taken = table.get_in_transit_waiting(pfn, e.owner);
-        self.set(place, Extent { len: e.len + u32::from(taken.is_ok()), moving: false, ..e });
-        taken.map(|()| table.settle(pfn))
+        let mut taken = 0;
+        let mut result = Ok(());
+        while taken < n.min(BATCH as u32).min(MAX_LEN - e.len) && result.is_ok() {
+            let pfn = end + taken;
+            let take =
+                if first { table.take_in_transit(pfn, e.owner) } else { table.get_in_transit(pfn, e.owner) };
+            taken += u32::from(take.is_ok());
+            result = take;
+        }
+        self.set(place, Extent { len: e.len + taken, moving: false, ..e });
+        (end..end + taken).for_each(|pfn| table.settle(pfn));
+        if taken > 0 { Ok(taken) } else { result.map(|()| 0) }
     }
 
-    /// Drops the reference to the last frame of the caller's record. True: that frame is now being freed by the owner,
-    /// as after a last [`FrameTable::put`]. What follows is another call or, at the end, [`Self::end`].
+    /// Drops the references to up to `n` (at most [`BATCH`]) frames at the end of the caller's record. Those whose last it
+    /// was come first in `last`: they are now being freed by the owner, as after a last [`FrameTable::put`]. Returns how
+    /// many it dropped, and how many of them were the last. What follows is another call or, at the end, [`Self::end`].
+    /// It waits for nobody: (0, 0) if another is in transit on the frame at the end, or none is left.
     #[must_use]
-    pub fn shrink(&self, place: Place, table: &FrameTable) -> bool {
-        let Some(e) = self.get(place).filter(|e| e.len > 0) else { return false };
-        let pfn = e.pfn + e.len - 1;
-        table.begin_put(pfn, e.owner);
-        // With the mark, and before the count changes: from here on the reference is not the record's.
-        self.set(place, Extent { len: e.len - 1, moving: true, ..e });
-        table.put_in_transit(pfn, e.owner)
+    pub fn shrink(&self, place: Place, table: &FrameTable, n: u32, last: &mut [Pfn; BATCH]) -> (u32, usize) {
+        let Some(e) = self.get(place) else { return (0, 0) };
+        let end = e.pfn + e.len;
+        let most = n.min(BATCH as u32).min(e.len);
+        let begun = (1..=most).take_while(|i| table.try_begin_put(end - i, e.owner).is_ok()).count() as u32;
+        // With the marks, and before the counts change: from here on the references are not the record's.
+        self.set(place, Extent { len: e.len - begun, moving: true, ..e });
+        let mut lasts = 0;
+        for pfn in end - begun..end {
+            if table.put_in_transit(pfn, e.owner) {
+                last[lasts] = pfn;
+                lasts += 1;
+            }
+        }
+        (begun, lasts)
+    }
+
+    /// After [`Self::shrink`], where the caller keeps what is left: nothing moves any more.
+    pub fn rest(&self, place: Place) {
+        if let Some(e) = self.get(place) {
+            self.set(place, Extent { moving: false, ..e });
+        }
     }
 
     /// The record is free.
@@ -205,7 +239,7 @@ impl Ledger {
     pub fn publishes(&self, owner: Owner, pfn: Pfn) -> bool {
         let mut covered = false;
         for (_, e) in self.of(owner) {
-            if e.moving && e.pfn.wrapping_add(e.len) == pfn {
+            if e.moving && pfn.wrapping_sub(e.pfn.wrapping_add(e.len)) < BATCH as u32 {
                 return false;
             }
             covered |= e.covers(pfn);

@@ -1,7 +1,7 @@
 //! Looking at a whole table at once, as an audit does.
 
 use super::platform::Ordering;
-use super::{FROZEN, FrameTable, count, transit};
+use super::{FROZEN, FrameTable, Pfn, count, transit};
 
 /// What a frame's word said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -20,6 +20,15 @@ impl Look {
 }
 
 impl FrameTable {
+    /// The first frame of `[start, end)` that is in use, or whose storage is just being handed back; SeqCst, for those who
+    /// have put up a sign first and look then.
+    pub fn first_used(&self, start: Pfn, end: Pfn) -> Option<Pfn> {
+        // Acquire: frames beyond the mark were never in use. Who raises it for a frame takes a reference afterwards, and
+        // looks for signs after that.
+        let used = u32::try_from(self.groups_used() * 64).unwrap_or(u32::MAX);
+        (start..end.min(used)).find(|pfn| self.word(*pfn).load(Ordering::SeqCst) != 0)
+    }
+
     /// The word of each frame that may ever have been in use, in the order of frame numbers. Each is read for
     /// itself: another may change before the next is read.
     pub fn look(&self) -> Vec<Look> {

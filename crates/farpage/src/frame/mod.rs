@@ -64,6 +64,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 mod batch;
+pub mod cuts;
 pub mod ledger;
 pub mod live;
 mod look;

@@ -2,7 +2,7 @@
 //!
 //! A frame moves if the one reference to it is this process's page entry: its count is frozen at exactly that one while it is
 //! copied. A frame with one reference more (a forked child's, somebody's who is just reading it) stays where it is, and
-//! so do the frames of the domain's other processes: each compacts its own.
+//! so do a page that is mapped in place, and the frames of the domain's other processes: each compacts its own.
 
 use super::MigrateError;
 use crate::PAGE_SIZE;
@@ -10,6 +10,7 @@ use crate::device::{DeviceError, LoadOp, StoreOp, Sum};
 use crate::domain::entry::Entry;
 use crate::frame::Pfn;
 use crate::reclaim::Hands;
+use crate::space::ops::window;
 use crate::space::puts::Puts;
 use crate::space::range::Found;
 use crate::space::{Space, World};
@@ -83,6 +84,7 @@ impl Space {
         let map = self.domain.pagemap(p.dev);
         let me = self.me();
         let mut puts = Puts::new(&self.domain, me);
+        let in_place = self.granule_in_place(found);
         let _guard = found.granule.lock();
         for at in (found.start..found.end).step_by(PAGE_SIZE) {
             let entry = self.entries.get(at);
@@ -95,7 +97,8 @@ impl Space {
                 p.result.dropped += 1;
                 continue;
             }
-            if !map.frames.freeze(old, 1, me) {
+            let is_mapped = in_place & window(at, at + PAGE_SIZE) != 0;
+            if is_mapped || !map.frames.freeze(old, 1, me) {
                 p.result.stayed += 1;
                 continue;
             }

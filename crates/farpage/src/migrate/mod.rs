@@ -155,6 +155,42 @@ impl Space {
             return Err(MigrateError::NoDevice(dev));
         }
         let Range { start, end } = range;
+        Ok(MigrateReport { start, pages: self.migrate_all(start, end, to) })
+    }
+
+    /// What is mapped in place, from another device, comes to DRAM first, so that nobody writes to a frame that is being left; what
+    /// is pinned there stays.
+    fn migrate_all(&self, start: usize, end: usize, to: Target) -> Vec<Outcome> {
+        let was = self.in_place(start, end).unwrap_or_default();
+        let stay = self.leave_in_place(start, end, |map| to != Target::Device(map.id));
+        let stay = stay.unwrap_or_else(|_| vec![(start, end)]);
+        if was.is_empty() && stay.is_empty() {
+            return self.migrate_part(start, end, to);
+        }
+        let index = |at: usize| (at - start) / PAGE_SIZE;
+        let mut pages = vec![Outcome::There; index(end)];
+        let mut at = start;
+        for (s, e) in stay.into_iter().chain([(end, end)]) {
+            if at < s {
+                pages[index(at)..index(s)].copy_from_slice(&self.migrate_part(at, s, to));
+            }
+            for page in (s..e).step_by(PAGE_SIZE) {
+                let there = self.entries.get(page).frame().is_some_and(|(dev, _)| to == Target::Device(dev));
+                pages[index(page)] = if there { Outcome::There } else { Outcome::Refused(Refusal::Pinned) };
+            }
+            at = e;
+        }
+        // Moved, by the way.
+        let back = was.into_iter().flat_map(|(s, e)| index(s)..index(e));
+        for i in back.filter(|_| to == Target::System) {
+            if pages[i] == Outcome::There {
+                pages[i] = Outcome::Moved;
+            }
+        }
+        pages
+    }
+
+    fn migrate_part(&self, start: usize, end: usize, to: Target) -> Vec<Outcome> {
         let pages = vec![Outcome::Refused(Refusal::Unmanaged); (end - start) / PAGE_SIZE];
         let budget = self.domain.budget() as usize;
         let progress = Progress { start, at: start, end, to, room: budget - budget / 8, pages };
@@ -166,7 +202,7 @@ impl Space {
             p.at = end;
             p.at == p.end
         });
-        Ok(MigrateReport { start, pages: progress.pages })
+        progress.pages
     }
 
     /// One window (which does not cross a multiple of 2 MiB) from `start` on; `pages` says how long it is.

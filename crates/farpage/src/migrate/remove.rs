@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use super::{Outcome, Target};
 use crate::PAGE_SIZE;
-use crate::domain::DomainTenants;
 use crate::domain::entry::Entry;
+use crate::domain::{ADDRESS_LIMIT, DomainTenants};
 use crate::pagemap::{NotLive, Pagemap, UnregisterError};
 use crate::reclaim::Hands;
+use crate::space::ops::window;
 use crate::space::puts::Puts;
 use crate::space::range::{Found, GRANULE_PAGES};
 use crate::space::{Space, World};
@@ -27,8 +28,7 @@ impl Space {
     ///
     /// What is not this process's to move (other processes' pages, also those that a forked child shares; pins,
     /// mappings) and what cannot move (no room anywhere, a page that the device does not give) is waited for, at most `timeout`
-    /// in all. A process that has died must be reaped for its pages to go; pages that are mapped in place
-    /// ([`Space::map_in_place`]) have to be brought back first, as before every other migration.
+    /// in all. A process that has died must be reaped for its pages to go.
     ///
     /// After an error the device stays without new frames: call again to go on, or [`Space::keep_device`].
     ///
@@ -37,6 +37,8 @@ impl Space {
     pub fn remove_device(&self, dev: u8, timeout: Duration) -> Result<(), UnregisterError> {
         let map = self.domain.pagemaps.get(usize::from(dev)).ok_or(NotLive::Unregistered)?;
         let migrate = |map: &Pagemap, _: &[_]| {
+            // Errors mean that they stay, and are waited for.
+            let _stay = self.leave_in_place(0, ADDRESS_LIMIT, |m| m.id == map.id);
             let all = Leaving { dev: map.id, at: 0, room: self.room_now() };
             self.on_worker(all, Space::leave_next);
         };
@@ -60,13 +62,14 @@ impl Space {
         let Some(found) = world.ranges.with_entries_from(p.at) else { return true };
         p.at = found.end;
         self.drop_copies_on(&found, p.dev);
+        let stay = self.granule_in_place(&found);
         let me = self.me();
         // One that is going as well takes nothing.
         let others = self.domain.pagemaps.iter().filter(|map| map.id != p.dev && map.live(me).is_ok());
         for to in others.map(|map| Target::Device(map.id)).chain([Target::System]) {
             let mut at = found.start;
             while at < found.end {
-                let run = self.run_on(&found, at, p.dev);
+                let run = self.run_on(&found, at, p.dev, stay);
                 if run != 0 {
                     let mut pages = [Outcome::There; GRANULE_PAGES];
                     self.migrate_window(world, at, to, &mut p.room, &mut pages[..run], hands);
@@ -79,9 +82,12 @@ impl Space {
         false
     }
 
-    /// How many pages from `at` on are on the device. A look: each may change until its granule is locked.
-    fn run_on(&self, found: &Found<'_>, at: usize, dev: u8) -> usize {
-        let on = |at: &usize| matches!(self.entries.get(*at), Entry::Away(on, _) if on == dev);
+    /// How many pages from `at` on are on the device, and are not among those that `stay`. A look: each may change until its granule is locked.
+    fn run_on(&self, found: &Found<'_>, at: usize, dev: u8, stay: u64) -> usize {
+        let on = |at: &usize| {
+            matches!(self.entries.get(*at), Entry::Away(on, _) if on == dev)
+                && stay & window(*at, *at + PAGE_SIZE) == 0
+        };
         (at..found.end).step_by(PAGE_SIZE).take_while(on).count()
     }
 

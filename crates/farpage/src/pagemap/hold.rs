@@ -11,6 +11,12 @@ use crate::frame::{BATCH, GetError, Owner, Pfn};
 #[derive(Debug)]
 pub struct Hold<'m> {
     map: &'m Pagemap,
+    run: Run,
+}
+
+/// What a [`Hold`] is, without the pagemap: for those who keep both. To be given back by [`Pagemap::end_run`].
+#[derive(Debug)]
+pub struct Run {
     owner: Owner,
     pid: u32,
     pfn: Pfn,
@@ -68,21 +74,21 @@ impl Pagemap {
             AllocError::Full => HoldError::Full(len),
         })?;
         let _one_at_a_time = self.holding.lock();
-        let mut hold = Hold::empty(self, owner, pfn);
+        let mut run = Run::empty(owner, pfn);
         // Until a record names them the frames are in transit: whoever cleans up after us frees them.
         for from in (0..len).step_by(MAX_LEN as usize) {
             let n = (len - from).min(MAX_LEN);
             let extent = Extent { owner, kind, pfn: pfn + from, len: n, moving: false };
             let Some(place) = self.ledger.add(extent) else {
                 self.put_run_in_transit(pfn + from, len - from, owner);
-                hold.drop_locked();
+                self.shrink_locked(&mut run, 0);
                 return Err(HoldError::TooMany);
             };
-            hold.places.push(place);
-            hold.len += n;
+            run.places.push(place);
+            run.len += n;
             (pfn + from..pfn + from + n).for_each(|pfn| self.frames.settle(pfn));
         }
-        Ok(hold)
+        Ok(Hold { map: self, run })
     }
 
     fn put_run_in_transit(&self, pfn: Pfn, len: u32, owner: Owner) {
@@ -139,30 +145,141 @@ impl Pagemap {
     /// # Errors
     /// See [`HoldError`]; nothing is held then.
     pub fn hold(&self, owner: Owner, kind: HolderKind, pfn: Pfn, len: u32) -> Result<Hold<'_>, HoldError> {
+        Ok(Hold { map: self, run: self.begin_run(owner, kind, pfn, len, false)? })
+    }
+
+    /// Holds these frames; `first`: those of them that are free are allocated. That is for memory whose frames have
+    /// fixed places, as the pages of a file have ([`MemoryType::FsDax`](super::MemoryType::FsDax)).
+    ///
+    /// # Errors
+    /// See [`HoldError`]; nothing is held then.
+    pub fn begin_run(
+        &self,
+        owner: Owner,
+        kind: HolderKind,
+        pfn: Pfn,
+        len: u32,
+        first: bool,
+    ) -> Result<Run, HoldError> {
         check(kind)?;
         let end = pfn.checked_add(len).filter(|end| self.frames.covers(pfn, *end));
         let end = end.ok_or(HoldError::NoFrame(pfn, u64::from(pfn) + u64::from(len)))?;
         let _live = self.live(owner)?;
         let _one_at_a_time = self.holding.lock();
-        let mut hold = Hold::empty(self, owner, pfn);
-        for next in pfn..end {
-            if let Err(e) = hold.grow(kind, next) {
-                hold.drop_locked();
+        let mut run = Run::empty(owner, pfn);
+        while run.end() < end {
+            if let Err(e) = self.grow_locked(&mut run, kind, end, first) {
+                self.shrink_locked(&mut run, 0);
                 return Err(e);
             }
         }
-        Ok(hold)
+        Ok(run)
+    }
+
+    /// Gives back the references of a run but for the first `len`.
+    pub fn shrink_run(&self, run: &mut Run, len: u32) {
+        if run.is_ours() && len < run.len {
+            let _one_at_a_time = self.holding.lock();
+            self.shrink_locked(run, len);
+        }
+    }
+
+    /// Gives back all references of a run.
+    pub fn end_run(&self, mut run: Run) {
+        self.shrink_run(&mut run, 0);
+    }
+
+    /// Some more frames at the end. It is not in transit on any when it waits for another's transfer.
+    fn grow_locked(&self, run: &mut Run, kind: HolderKind, end: Pfn, first: bool) -> Result<(), HoldError> {
+        let begins = run.len.is_multiple_of(MAX_LEN);
+        let mut waits = Waits::default();
+        loop {
+            // An empty record is gone when nothing could be taken.
+            let place = match (begins, run.places.last()) {
+                (false, Some(place)) => *place,
+                _ => self.ledger.begin(run.owner, kind, run.end()).ok_or(HoldError::TooMany)?,
+            };
+            match self.ledger.grow(place, &self.frames, end - run.end(), first) {
+                Ok(n) => {
+                    if begins {
+                        run.places.push(place);
+                    }
+                    run.len += n;
+                    return Ok(());
+                }
+                Err(GetError::Transit | GetError::Frozen) => waits.wait(self, run.owner),
+                Err(e) => return Err(HoldError::Frame(run.end(), e)),
+            }
+        }
+    }
+
+    /// Gives back references from the end; the lock is held.
+    fn shrink_locked(&self, run: &mut Run, len: u32) {
+        let mut last = [0; BATCH];
+        let mut waits = Waits::default();
+        while let Some(&place) = run.places.last() {
+            let before = run.full_before();
+            let n = run.len - before.max(len).min(run.len);
+            if n == 0 {
+                if run.len > before {
+                    break;
+                }
+                self.ledger.end(place);
+                run.places.pop();
+                continue;
+            }
+            let (dropped, lasts) = self.ledger.shrink(place, &self.frames, n, &mut last);
+            self.free_batch(&mut last[..lasts], run.owner);
+            run.len -= dropped;
+            if dropped == 0 {
+                waits.wait(self, run.owner);
+            }
+        }
+        if let Some(&place) = run.places.last() {
+            self.ledger.rest(place);
+        }
+    }
+
+    /// As [`Self::put_holds`], for one who can be killed himself: what the dead held is given back in the dead's name, so
+    /// that the next to clean up goes on where this one stopped. Those who hold frames together and are dead must all
+    /// have had their transfers ended before.
+    pub fn put_holds_of(&self, dead: Owner) {
+        let mut last = [0; BATCH];
+        for (place, extent) in self.ledger.of(dead) {
+            let mut left = extent.len;
+            while left > 0 {
+                let (dropped, lasts) = self.ledger.shrink(place, &self.frames, left, &mut last);
+                self.free_batch(&mut last[..lasts], dead);
+                left -= dropped;
+                if dropped == 0 {
+                    crate::sys::yield_now(); // a living one is just at it
+                }
+            }
+            self.ledger.end(place);
+        }
     }
 }
 
-impl<'m> Hold<'m> {
-    fn empty(map: &'m Pagemap, owner: Owner, pfn: Pfn) -> Self {
-        Self { map, owner, pid: std::process::id(), pfn, len: 0, places: Vec::new() }
-    }
+/// Waiting for others' transfers, which are over in a moment unless their owner has died.
+#[derive(Default)]
+struct Waits(u32);
 
-    /// The pagemap.
-    pub fn map(&self) -> &'m Pagemap {
-        self.map
+impl Waits {
+    /// So many looks, then somebody may have to be cleaned up after.
+    const PATIENCE: u32 = 1000;
+
+    fn wait(&mut self, map: &Pagemap, owner: Owner) {
+        self.0 += 1;
+        if self.0.is_multiple_of(Self::PATIENCE) {
+            map.device.ops().stuck(owner);
+        }
+        crate::sys::yield_now();
+    }
+}
+
+impl Run {
+    fn empty(owner: Owner, pfn: Pfn) -> Self {
+        Self { owner, pid: crate::sys::pid(), pfn, len: 0, places: Vec::new() }
     }
 
     /// The first frame.
@@ -175,72 +292,56 @@ impl<'m> Hold<'m> {
         self.len
     }
 
-    /// Whether it holds nothing (it never does).
+    /// One past the last frame.
+    pub fn end(&self) -> Pfn {
+        self.pfn + self.len
+    }
+
+    /// Whether it holds nothing.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
     /// Whether this process made it, and is not a forked child.
-    pub(super) fn is_ours(&self) -> bool {
-        self.pid == std::process::id()
-    }
-
-    /// One more frame at the end. One at a time: who waits for another's transfer must not be in one himself.
-    fn grow(&mut self, kind: HolderKind, pfn: Pfn) -> Result<(), HoldError> {
-        let ledger = &self.map.ledger;
-        let begins = self.len.is_multiple_of(MAX_LEN);
-        if begins {
-            let place = ledger.begin(self.owner, kind, pfn).ok_or(HoldError::TooMany)?;
-            self.places.push(place);
-        }
-        let place = self.places[self.places.len() - 1];
-        match ledger.grow(place, &self.map.frames) {
-            Ok(()) => self.len += 1,
-            Err(e) => {
-                if begins {
-                    self.places.pop();
-                }
-                return Err(HoldError::Frame(pfn, e));
-            }
-        }
-        Ok(())
+    pub fn is_ours(&self) -> bool {
+        self.pid == crate::sys::pid()
     }
 
     /// Frames in the records before the last one.
     fn full_before(&self) -> u32 {
         (self.places.len().max(1) as u32 - 1) * MAX_LEN
     }
+}
 
-    /// Gives everything back, from the end; the ledger's lock is held.
-    fn drop_locked(&mut self) {
-        let (map, owner) = (self.map, self.owner);
-        let mut last = [0; BATCH];
-        let mut n = 0;
-        while let Some(&place) = self.places.last() {
-            let before = self.full_before();
-            while self.len > before {
-                self.len -= 1;
-                if map.ledger.shrink(place, &map.frames) {
-                    last[n] = self.pfn + self.len;
-                    n += 1;
-                }
-                if n == BATCH {
-                    map.free_batch(&mut last, owner);
-                    n = 0;
-                }
-            }
-            map.ledger.end(place);
-            self.places.pop();
-        }
-        map.free_batch(&mut last[..n], owner);
+impl<'m> Hold<'m> {
+    /// The pagemap.
+    pub fn map(&self) -> &'m Pagemap {
+        self.map
+    }
+
+    /// The first frame.
+    pub fn pfn(&self) -> Pfn {
+        self.run.pfn
+    }
+
+    /// How many frames.
+    pub fn len(&self) -> u32 {
+        self.run.len
+    }
+
+    /// Whether it holds nothing (it never does).
+    pub fn is_empty(&self) -> bool {
+        self.run.is_empty()
+    }
+
+    /// Whether this process made it, and is not a forked child.
+    pub(super) fn is_ours(&self) -> bool {
+        self.run.is_ours()
     }
 }
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        if self.is_ours() && !self.places.is_empty() {
-            let _one_at_a_time = self.map.holding.lock();
-            self.drop_locked();
-        }
+        self.map.shrink_run(&mut self.run, 0);
     }
 }

@@ -67,7 +67,7 @@ mod mapping;
 mod register;
 mod unregister;
 
-pub use hold::{Hold, HoldError};
+pub use hold::{Hold, HoldError, Run};
 pub use mapping::{MapError, Mapping};
 pub use register::{DriverId, RANGE_ALIGN, RegisterError, Registration};
 pub use unregister::{Held, Holder, Tenants, UnregisterError};

@@ -166,8 +166,7 @@ fn check(
         return Err(RegisterError::Id(id));
     }
     match memory_type {
-        // Files on DAX file systems free their pages themselves: there is no driver here that does.
-        MemoryType::System | MemoryType::FsDax => return Err(RegisterError::Type(memory_type)),
+        MemoryType::System => return Err(RegisterError::Type(memory_type)),
         MemoryType::Private | MemoryType::Coherent if ops.migrate_to_ram().is_none() => {
             return Err(RegisterError::MissingOp(memory_type, "migrate_to_ram"));
         }
@@ -184,8 +183,7 @@ fn check(
     if let Some(empty) = ranges.iter().find(|r| r.start >= r.end) {
         return Err(RegisterError::Empty(Some(empty.clone())));
     }
-    let frames = ops.memory().map_or_else(|| ops.migrate_to_ram().map(Device::frames), |m| Some(m.frames()));
-    let device_end = frames.unwrap_or(0);
+    let device_end = ops.frames();
     if let Some(beyond) = ranges.iter().find(|r| r.end > device_end) {
         return Err(RegisterError::Beyond(beyond.clone(), device_end));
     }

@@ -2,36 +2,56 @@
 //! mapped from there, at the address where it was in DRAM.
 //!
 //! Such a mapping is shared by nature: a fork would give the child the same page, not a copy. So who maps pages in place
-//! brings them back before a fork, and before a call that drops pages (a shared page would only be unmapped).
+//! brings them back before a fork, and before a call that drops pages (a shared page would only be unmapped). A migration, a
+//! device's end and a long-term pin bring back what they meet, unless it is pinned.
+
+use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
 use super::ops::window;
 use super::puts::Puts;
-use super::range::flag;
+use super::range::{Found, flag};
 use super::{Space, World};
 use crate::device::{DeviceError, LoadOp};
 use crate::domain::entry::Entry;
 use crate::frame::Pfn;
-use crate::sys::in_place as sys;
+use crate::pagemap::Pagemap;
+use crate::sys::{Mappings, in_place as sys};
 use crate::{PAGE_SIZE, Page};
 
 /// May be read, written, executed.
 pub type Rights = (bool, bool, bool);
 
+/// The parts of `[start, end)`, which is managed, that are no private memory: what is mapped in place.
+fn shared(mappings: &Mappings, start: usize, end: usize) -> impl Iterator<Item = (usize, usize)> + '_ {
+    let mut at = start;
+    let next = move || {
+        let m = mappings.from(at).filter(|m| at < end && m.start < end)?;
+        at = m.end;
+        Some(m)
+    };
+    let shared = std::iter::from_fn(next).filter(|m| m.shared);
+    shared.map(move |m| (m.start.max(start), m.end.min(end)))
+}
+
 impl Space {
-    /// Maps the pages of `[start, end)` that are on `device` from there. Returns how many.
+    /// Maps the pages of `[start, end)` that are on `device` from there, but for those that another process has as well, since a
+    /// fork. Returns how many.
     ///
     /// # Errors
     /// ENODEV: the CPU does not reach that device's frames. Else the kernel's; what is mapped stays so.
     pub fn map_in_place(&self, start: usize, end: usize, device: u8, rights: Rights) -> Result<usize, Errno> {
+        // Before the first: who looks for such mappings afterwards finds them.
+        self.maps_in_place.store(true, Ordering::SeqCst);
         self.change(|world| {
             let mut mapped = 0;
-            for (s, e, first) in self.runs_on(world, start, end, device) {
-                let offset = self.domain.offset_of(device, first).ok_or(Errno::NODEV)?;
+            let mine = |pfn| self.domain.pagemap(device).frames.count(pfn) == 1;
+            for (s, e, first) in self.runs_on(world, start, end, device, |_, pfn| mine(pfn)) {
+                let (file, offset) = self.domain.file_of(device, first).ok_or(Errno::NODEV)?;
                 // The kernel announces that what was here is unmapped.
                 self.faults.expect(s, e);
-                sys::map_shared(s, e - s, rights, self.domain.fd(), offset)?;
+                sys::map_shared(s, e - s, rights, file, offset)?;
                 mapped += (e - s) / PAGE_SIZE;
             }
             Ok(mapped)
@@ -43,9 +63,70 @@ impl Space {
     /// # Errors
     /// The kernel's; the pages that are not back yet are where they were.
     pub fn unmap_in_place(&self, start: usize, end: usize, device: u8) -> Result<usize, Errno> {
+        self.unmap_from(start, end, device, true)
+    }
+
+    /// What of `[start, end)` is mapped in place: parts, first byte and end.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn in_place(&self, start: usize, end: usize) -> Result<Vec<(usize, usize)>, Errno> {
+        if !self.maps_in_place.load(Ordering::SeqCst) {
+            return Ok(Vec::new());
+        }
+        let mappings = Mappings::open()?;
+        let managed = self.managed_parts(start, end);
+        Ok(managed.into_iter().flat_map(|(s, e)| shared(&mappings, s, e)).collect())
+    }
+
+    /// The same, of the world that the caller has in hand; nothing, if the kernel does not say.
+    pub(super) fn in_place_of(&self, world: &World, start: usize, end: usize) -> Vec<(usize, usize)> {
+        if !self.maps_in_place.load(Ordering::SeqCst) {
+            return Vec::new();
+        }
+        let Ok(mappings) = Mappings::open() else { return Vec::new() };
+        let managed = world.ranges.overlapping(start, end).map(|r| (r.start.max(start), r.end.min(end)));
+        managed.flat_map(|(s, e)| shared(&mappings, s, e)).collect()
+    }
+
+    /// The same of one granule, as a set of its pages; all of it, if the kernel does not say.
+    pub(crate) fn granule_in_place(&self, found: &Found<'_>) -> u64 {
+        let (start, end) = (found.start, found.end);
+        if !self.maps_in_place.load(Ordering::SeqCst) {
+            return 0;
+        }
+        let Ok(mappings) = Mappings::open() else { return window(start, end) };
+        shared(&mappings, start, end).fold(0, |set, (s, e)| set | window(s, e))
+    }
+
+    /// Pages of `[start, end)` that are mapped in place from devices that `leaves` names come back to DRAM, but for those that are
+    /// pinned. Returns the parts that are mapped in place still, from whatever device.
+    ///
+    /// # Errors
+    /// The kernel's; the pages that are not back yet are where they were.
+    pub(crate) fn leave_in_place(
+        &self,
+        start: usize,
+        end: usize,
+        leaves: impl Fn(&Pagemap) -> bool,
+    ) -> Result<Vec<(usize, usize)>, Errno> {
+        let parts = self.in_place(start, end)?;
+        if parts.is_empty() {
+            return Ok(parts);
+        }
+        for map in self.domain.pagemaps.iter().filter(|map| leaves(map)) {
+            for &(s, e) in &parts {
+                self.unmap_from(s, e, map.id, false)?;
+            }
+        }
+        self.in_place(start, end)
+    }
+
+    fn unmap_from(&self, start: usize, end: usize, device: u8, pinned_too: bool) -> Result<usize, Errno> {
         self.change(|world| {
             let mut back = 0;
-            for (s, e, first) in self.runs_on(world, start, end, device) {
+            let goes = |at, _| pinned_too || !self.is_pinned(world, at);
+            for (s, e, first) in self.runs_on(world, start, end, device, goes) {
                 let rights = sys::rights(s).ok_or(Errno::FAULT)?;
                 let mut fresh = sys::Fresh::new(e - s)?;
                 // Who writes from here on waits until the page is DRAM: nothing is written to what has been copied.
@@ -84,8 +165,23 @@ impl Space {
         Ok(())
     }
 
-    /// The pages of `[start, end)` on `device`, in runs whose frames follow one another: first byte, end, first frame.
-    fn runs_on(&self, world: &World, start: usize, end: usize, device: u8) -> Vec<(usize, usize, Pfn)> {
+    /// Whether a page is to stay where it is. (Nobody pins while the world is held.)
+    fn is_pinned(&self, world: &World, at: usize) -> bool {
+        let page = window(at, at + PAGE_SIZE);
+        let pinned = |found: Found<'_>| found.granule.pinned() & page != 0;
+        world.ranges.granule(at).is_some_and(pinned) || self.holds_any(at, at + PAGE_SIZE)
+    }
+
+    /// The pages of `[start, end)` on `device` that are `wanted` (address, frame), in runs whose frames follow one another: first
+    /// byte, end, first frame.
+    fn runs_on(
+        &self,
+        world: &World,
+        start: usize,
+        end: usize,
+        device: u8,
+        wanted: impl Fn(usize, Pfn) -> bool,
+    ) -> Vec<(usize, usize, Pfn)> {
         let mut runs: Vec<(usize, usize, Pfn)> = Vec::new();
         for (found, s, e) in world.ranges.granules(start, end) {
             if !found.granule.has(flag::ENTRIES) {
@@ -94,7 +190,7 @@ impl Space {
             let staged = found.granule.slot().map_or(0, |slot| self.slots.staged(slot));
             for at in (s..e).step_by(PAGE_SIZE) {
                 let Entry::Away(dev, pfn) = self.entries.get(at) else { continue };
-                if dev != device || staged & window(at, at + PAGE_SIZE) != 0 {
+                if dev != device || staged & window(at, at + PAGE_SIZE) != 0 || !wanted(at, pfn) {
                     continue;
                 }
                 match runs.last_mut() {

@@ -146,6 +146,8 @@ pub struct Space {
     pins: pin::Pins,
     /// See [`exclusive`].
     exclusives: exclusive::Exclusives,
+    /// Pages have been mapped in place at some time: see [`in_place`].
+    maps_in_place: AtomicBool,
     /// What manager threads are asked to do: see [`crate::migrate`].
     pub(crate) jobs: crate::migrate::Jobs,
     /// No device takes a page any more; cleared when frames become free.
@@ -213,6 +215,7 @@ impl Space {
             one_by_one: AtomicBool::new(false),
             pins: pin::Pins::default(),
             exclusives: exclusive::Exclusives::default(),
+            maps_in_place: AtomicBool::new(false),
             jobs: crate::migrate::Jobs::default(),
             full: AtomicBool::new(false),
             said_full: AtomicBool::new(false),

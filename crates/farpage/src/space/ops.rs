@@ -138,7 +138,9 @@ impl Space {
                 pages += self.in_dram(world, &f, s, e);
             }
         }
-        pages
+        // What is mapped in place is there, but nobody is charged for it.
+        let in_place = |&(s, e): &(usize, usize)| world.resident(s, e);
+        pages.saturating_sub(self.in_place_of(world, start, end).iter().map(in_place).sum())
     }
 
     /// Pages of `[start, end)`, which lies in one granule, that are in DRAM. To the kernel the mark of a poisoned page is one,

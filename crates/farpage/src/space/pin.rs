@@ -18,6 +18,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
+use rustix::io::Errno;
+
 use super::bits::{mask, runs};
 use super::range::{GRANULE, GRANULE_PAGES, Ranges};
 use super::{FaultMode, Space};
@@ -261,6 +263,10 @@ impl Space {
         self.pin_granules(&mut pinned)?;
         self.wait_for_moves();
         self.make_resident(start, end, write)?;
+        if kind == Pin::LongTerm {
+            // Mapped in place again meanwhile: now it is pinned, and stays.
+            self.none_in_place(self.in_place(start, end))?;
+        }
         Ok(pinned)
     }
 
@@ -281,7 +287,7 @@ impl Space {
     }
 
     /// A long-term pin must not hold memory that its owner has to be able to take back. What is on a device and not reached
-    /// in place comes to DRAM anyway.
+    /// in place comes to DRAM anyway; what is reached in place comes first, if nobody has pinned it there.
     fn leave_movable(&self, start: usize, end: usize) -> Result<(), PinError> {
         let world = self.read_world();
         for (found, s, e) in world.ranges.granules(start, end) {
@@ -294,6 +300,20 @@ impl Space {
                 if !pins_for_long(memory) {
                     return Err(PinError::LongTerm(at, memory));
                 }
+            }
+        }
+        drop(world);
+        self.none_in_place(self.leave_in_place(start, end, |map| !stays_for_long(map.memory_type)))
+    }
+
+    /// Of what is mapped in place only that which need not move.
+    fn none_in_place(&self, parts: Result<Vec<(usize, usize)>, Errno>) -> Result<(), PinError> {
+        let parts = parts.map_err(|_| PinError::NoMemory(0))?;
+        for at in parts.iter().flat_map(|&(s, e)| (s..e).step_by(PAGE_SIZE)) {
+            let Some((dev, _)) = self.entries.get(at).frame() else { continue };
+            let memory = self.domain.pagemap(dev).memory_type;
+            if !stays_for_long(memory) {
+                return Err(PinError::LongTerm(at, memory));
             }
         }
         Ok(())
@@ -358,13 +378,18 @@ impl Space {
 }
 
 /// Whether a page whose memory is of this type can be pinned for long where it is, or can leave it first. What a space has on
-/// `Private` or `Coherent` memory comes to DRAM, and the pin is on it there; `Generic` memory does not have to move. A file's
+/// `Private` or `Coherent` memory comes to DRAM, and the pin is on it there. A file's
 /// block has to be given up when the file is cut, and a peer's memory goes with its driver.
 fn pins_for_long(memory: MemoryType) -> bool {
     match memory {
         MemoryType::System | MemoryType::Private | MemoryType::Coherent | MemoryType::Generic => true,
         MemoryType::FsDax | MemoryType::P2pDma => false,
     }
+}
+
+/// Whether a page that is mapped in place, from memory of this type, can be pinned for long there: what never has to move.
+fn stays_for_long(memory: MemoryType) -> bool {
+    memory == MemoryType::Generic
 }
 
 /// Whether the mappings of `[start, end)` may be written.

@@ -155,6 +155,23 @@ impl ForkMark {
     }
 }
 
+/// This process's number, as `getpid` gives it, but without a system call: it is kept where a forked child finds a 0.
+pub fn pid() -> u32 {
+    static KEPT: std::sync::OnceLock<Option<ForkMark>> = std::sync::OnceLock::new();
+    let Some(mark) = KEPT.get_or_init(|| ForkMark::new().inspect(|m| m.0.store(0, Ordering::Relaxed)).ok())
+    else {
+        return std::process::id();
+    };
+    // Relaxed: every thread that finds a 0 stores the same.
+    match mark.0.load(Ordering::Relaxed) {
+        0 => {
+            mark.0.store(std::process::id(), Ordering::Relaxed);
+            std::process::id()
+        }
+        pid => pid,
+    }
+}
+
 /// Reserves `len` bytes of address space at `target` (replacing what is there), or where the kernel likes.
 pub fn reserve(target: Option<usize>, len: usize) -> Result<usize, Errno> {
     let mut flags = MapFlags::PRIVATE | MapFlags::NORESERVE;

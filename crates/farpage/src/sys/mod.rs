@@ -3,6 +3,7 @@
 //! All calls go to the kernel directly (no libc wrapper in between): the injected library replaces those
 //! wrappers, and the manager's own mappings must not come back to it.
 
+pub mod dax;
 mod futex;
 pub(crate) mod in_place;
 mod ioctl;
@@ -30,14 +31,14 @@ pub use lock::{Locked, Peers, RobustLock};
 pub use mappings::{Mapping, Mappings};
 pub use memory::{
     ForkMark, collapse, drop_page, drop_pages, keep_from_children, leave_to_children, map_anonymous,
-    mappings_in, populate, prefetch, private_page, read_fault, remap, reserve, stack_pointer, unmap,
+    mappings_in, pid, populate, prefetch, private_page, read_fault, remap, reserve, stack_pointer, unmap,
     write_fault,
 };
 pub use mutex::{Mutex, MutexGuard};
 pub use pagemap_scan::{Kind, PageScan};
 pub use process::{
-    BlockedSignals, bind, cpu_of, fatal, gettid, hold_for_life, keep_off, keep_only, run_delay_ns, say,
-    set_idle_policy,
+    BlockedSignals, bind, cpu_of, end_life, fatal, gettid, hold_for_life, keep_off, keep_only, run_delay_ns,
+    say, set_idle_policy,
 };
 pub use ring::{Ring, Transfer};
 pub use rwlock::{Read, RwLock, Write};

@@ -19,6 +19,13 @@ pub fn memory_nodes() -> Vec<u32> {
     nodes
 }
 
+/// Bytes of memory that `node` has in all, if the kernel says so.
+pub fn memory_of(node: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/sys/devices/system/node/node{node}/meminfo")).ok()?;
+    let rest = text.lines().find_map(|line| line.split_once("MemTotal:"))?.1;
+    rest.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
 /// Memory for `[addr, addr + len)`, a shared mapping, comes from `node` and from nowhere else; for every process that
 /// maps the same file.
 pub fn bind_memory(addr: usize, len: usize, node: u32) -> Result<(), Errno> {

@@ -84,6 +84,14 @@ pub fn hold_for_life(life: &'static AtomicU32) {
     }
 }
 
+/// Ends what [`hold_for_life`] has begun, in the same thread: its end is not a death.
+pub fn end_life() {
+    // SAFETY: no list, no futex for the kernel to mark.
+    unsafe {
+        libc::syscall(libc::SYS_set_robust_list, std::ptr::null_mut::<RobustHead>(), size_of::<RobustHead>());
+    }
+}
+
 /// Gives this thread a descriptor table of its own with nothing in it but `fds`: the program may close what it likes.
 pub fn keep_only(fds: &[i32]) {
     let mut sorted: Vec<u32> = fds.iter().map(|&f| f as u32).chain([2]).collect();

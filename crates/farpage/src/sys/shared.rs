@@ -38,6 +38,25 @@ impl SharedMap {
         Ok(Self { base: NonNull::new(base.cast()).ok_or(rustix::io::Errno::NOMEM)?, len })
     }
 
+    /// Maps the first bytes of `file` in place of this mapping, or where there is none, fresh zeros: views of it see those
+    /// from now on.
+    ///
+    /// # Errors
+    /// What `mmap` says; the mapping is then what it was.
+    pub fn replace(&self, file: Option<rustix::fd::BorrowedFd<'_>>) -> rustix::io::Result<()> {
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED;
+        let addr = self.base.as_ptr().cast();
+        // SAFETY: exactly this mapping, whose views are of shared memory, which may change at any time.
+        unsafe {
+            match file {
+                Some(file) => rustix::mm::mmap(addr, self.len, prot, flags, file, 0)?,
+                None => rustix::mm::mmap_anonymous(addr, self.len, prot, flags)?,
+            };
+        }
+        Ok(())
+    }
+
     /// The part `[offset, offset + len)`. Panics if it lies outside.
     pub fn area(&self, offset: usize, len: usize) -> SharedArea {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.len));

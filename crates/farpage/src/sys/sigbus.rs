@@ -5,17 +5,20 @@ use std::sync::OnceLock;
 
 type Resolve = fn(usize) -> bool;
 
-static RESOLVE: OnceLock<Resolve> = OnceLock::new();
+/// Who is asked, in this order: inline regions and DAX files, as far as they are used.
+static RESOLVE: [OnceLock<Resolve>; 4] = [const { OnceLock::new() }; 4];
 static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 
 /// From now on `resolve` is called with the address of each access that raises SIGBUS, in the thread that made it, with all
-/// signals blocked; if it returns true the access is tried again. Otherwise whoever handled SIGBUS before is asked,
-/// and if that was nobody the process ends. To be called any number of times with the same function.
+/// signals blocked; if it returns true the access is tried again. Otherwise the others who have asked for it are called,
+/// then whoever handled SIGBUS before, and if that was nobody the process ends. To be called any number of times with the
+/// same function.
 ///
 /// # Errors
 /// What `sigaction` says.
 pub fn on_sigbus(resolve: fn(usize) -> bool) -> rustix::io::Result<()> {
-    RESOLVE.get_or_init(|| resolve);
+    let taken = RESOLVE.iter().find(|r| std::ptr::fn_addr_eq(*r.get_or_init(|| resolve), resolve));
+    debug_assert!(taken.is_some(), "one place for each that there is");
     if BEFORE.get().is_some() {
         return Ok(());
     }
@@ -44,7 +47,7 @@ pub fn on_sigbus(resolve: fn(usize) -> bool) -> rustix::io::Result<()> {
 extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes valid pointers; errno is this thread's own.
     let (addr, errno) = unsafe { ((*info).si_addr() as usize, *libc::__errno_location()) };
-    let resolved = RESOLVE.get().is_some_and(|resolve| resolve(addr));
+    let resolved = RESOLVE.iter().filter_map(OnceLock::get).any(|resolve| resolve(addr));
     // SAFETY: as above.
     unsafe { *libc::__errno_location() = errno };
     if !resolved {

@@ -1,0 +1,224 @@
+//! Changes that take pages out of a file: break layout, in user space and for the affected range only.
+//!
+//! 1. A [cut](crate::frame::cuts) is entered: nobody takes a new reference to a page of the range, in no process.
+//! 2. Pins are waited for. Mappings stay as they are meanwhile.
+//! 3. Mappings are given up, by the agent of each process.
+//! 4. Every count of the range is 0. Then, and only then, the file is changed.
+//! 5. The cut ends. Mappings of what is still there are made again.
+//!
+//! If a wait ends early the cut is taken back and nothing has happened. If the cutter is killed, whoever looks next
+//! ends his cut; the file is then changed or it is not, as the kernel had it.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustix::fs::FallocateFlags;
+
+use super::error::DaxError;
+use super::file::{DaxFile, Inner};
+use crate::PAGE_SIZE;
+use crate::frame::Pfn;
+use crate::frame::cuts::Cut;
+
+/// A change that takes pages out of a file; offsets and lengths in bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// See [`DaxFile::truncate`].
+    Truncate(u64),
+    /// See [`DaxFile::punch_hole`].
+    PunchHole(Range<u64>),
+    /// See [`DaxFile::zero_range`].
+    ZeroRange(Range<u64>),
+    /// See [`DaxFile::collapse_range`].
+    CollapseRange(Range<u64>),
+}
+
+/// How long those are waited for who are in the way.
+#[derive(Debug, Clone, Copy)]
+pub struct Wait<'a> {
+    /// At most so long.
+    pub timeout: Duration,
+    /// Set to true, by another thread or a signal handler, it ends the wait within 20 ms.
+    pub stop: Option<&'a AtomicBool>,
+}
+
+impl Wait<'_> {
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed))
+    }
+}
+
+impl Change {
+    /// The pages that must be nobody's, in a file that can have `frames` of them. Bytes at the edges, of pages that stay, are
+    /// only made zero.
+    fn pages(&self, frames: Pfn) -> Range<Pfn> {
+        let page = PAGE_SIZE as u64;
+        let at_most = |n: u64| n.min(u64::from(frames)) as Pfn;
+        match self {
+            Self::Truncate(len) => at_most(len.div_ceil(page))..frames,
+            Self::CollapseRange(range) => at_most(range.start / page)..frames,
+            Self::PunchHole(range) | Self::ZeroRange(range) => {
+                let start = at_most(range.start.div_ceil(page));
+                start..at_most(range.end / page).max(start)
+            }
+        }
+    }
+
+    fn apply(&self, file: &Inner) -> Result<(), DaxError> {
+        let allocate = |flags, range: &Range<u64>, what| {
+            rustix::fs::fallocate(&file.fd, flags, range.start, range.end - range.start)
+                .map_err(|e| file.failed(what, e))
+        };
+        match self {
+            Self::Truncate(len) => {
+                let _size = file.table.lock_size();
+                rustix::fs::ftruncate(&file.fd, *len).map_err(|e| file.failed("truncate", e))
+            }
+            Self::PunchHole(range) => {
+                allocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, range, "punch a hole in")
+            }
+            Self::ZeroRange(range) => {
+                allocate(FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, range, "zero a part of")
+            }
+            Self::CollapseRange(range) => {
+                let _size = file.table.lock_size();
+                allocate(FallocateFlags::COLLAPSE_RANGE, range, "take a part out of")
+            }
+        }
+    }
+}
+
+/// A cut of this process; ends when it is dropped.
+struct Under<'f> {
+    file: &'f Inner,
+    cut: Cut,
+    /// Mappings may have been given up for it.
+    unmapped: bool,
+}
+
+impl Drop for Under<'_> {
+    fn drop(&mut self) {
+        let table = &self.file.table;
+        table.cuts().end(&self.cut);
+        if self.unmapped {
+            table.announce();
+        } else {
+            table.announce_to_waiters();
+        }
+    }
+}
+
+impl DaxFile {
+    /// Changes the file, once nobody uses the pages that go; see [`Change`]. Users of other pages are not disturbed.
+    ///
+    /// # Errors
+    /// [`DaxError::Held`], with those who hold pages of it, if they are not given up in time; [`DaxError::Interrupted`]; what
+    /// the file system says. The file is as it was then.
+    pub fn change(&self, change: Change, wait: &Wait<'_>) -> Result<(), DaxError> {
+        let file = &**self.inner();
+        file.check_open()?;
+        if let Change::PunchHole(r) | Change::ZeroRange(r) | Change::CollapseRange(r) = &change
+            && r.start >= r.end
+        {
+            return Err(file.bad_range(r, "is empty"));
+        }
+        let pages = change.pages(file.table.frames());
+        let done = if pages.is_empty() {
+            change.apply(file)
+        } else {
+            let mut patience = Patience { wait, began: None };
+            let mut under = enter(file, &pages, &mut patience)?;
+            under.make_idle(&mut patience)?;
+            change.apply(file)
+        };
+        if done.is_ok() && matches!(change, Change::Truncate(_)) {
+            file.table.announce_growth();
+        }
+        done
+    }
+}
+
+/// So long after that; or in a hundred years, if a clock does not go as far.
+pub(super) fn after(start: Instant, timeout: Duration) -> Instant {
+    start.checked_add(timeout).unwrap_or_else(|| start + Duration::from_secs(100 * 365 * 86_400))
+}
+
+/// How long somebody has waited, from when he first had to: most never have to, and do not look at the clock.
+struct Patience<'w> {
+    wait: &'w Wait<'w>,
+    began: Option<Instant>,
+}
+
+impl Patience<'_> {
+    fn deadline(&mut self) -> Instant {
+        after(*self.began.get_or_insert_with(Instant::now), self.wait.timeout)
+    }
+
+    fn waited(&self) -> Duration {
+        self.began.map_or(Duration::ZERO, |began| began.elapsed())
+    }
+}
+
+/// Enters a cut, after those that overlap with it.
+fn enter<'f>(
+    file: &'f Inner,
+    pages: &Range<Pfn>,
+    patience: &mut Patience<'_>,
+) -> Result<Under<'f>, DaxError> {
+    let table = &file.table;
+    loop {
+        let event = table.event();
+        let locked = table.lock();
+        if table.cuts().overlapping(pages).is_none()
+            && let Some(cut) = table.cuts().begin(table.owner(), pages)
+        {
+            return Ok(Under { file, cut, unmapped: false });
+        }
+        drop(locked);
+        if patience.wait.is_stopped() {
+            return Err(DaxError::Interrupted { path: file.path.clone(), range: file.bytes_of(pages) });
+        }
+        file.wait_for_cut(event, patience.deadline(), pages)?;
+    }
+}
+
+impl Under<'_> {
+    /// Waits until every count is 0.
+    fn make_idle(&mut self, patience: &mut Patience<'_>) -> Result<(), DaxError> {
+        let table = &self.file.table;
+        let pages = self.cut.pages.clone();
+        let mut told = false;
+        loop {
+            let event = table.event();
+            if table.pagemap().frames.first_used(pages.start, pages.end).is_none() {
+                return Ok(());
+            }
+            if !self.unmapped && !table.is_pinned(&pages) {
+                table.cuts().advance(&mut self.cut);
+                self.unmapped = true;
+                table.announce();
+                // Our own at once.
+                table.serve(event);
+                continue;
+            }
+            if !std::mem::replace(&mut told, true) {
+                // Agents are to look at what was pinned for long.
+                table.announce();
+                continue;
+            }
+            if patience.wait.is_stopped() {
+                let range = self.file.bytes_of(&pages);
+                return Err(DaxError::Interrupted { path: self.file.path.clone(), range });
+            }
+            if !table.wait(event, patience.deadline()) {
+                return Err(DaxError::Held {
+                    path: self.file.path.clone(),
+                    range: self.file.bytes_of(&pages),
+                    users: table.holders_of(&pages),
+                    waited: patience.waited(),
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,509 @@
+//! A DAX file: what is done with its bytes, and how references to its pages are taken.
+
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use super::change::after;
+use super::error::{DaxError, TableError};
+use super::lease::PinLease;
+use super::mapping::DaxMapping;
+use super::options::DaxOptions;
+use super::pin::DaxPin;
+use super::table::Table;
+use super::users::{Difference, User, bytes};
+use super::{Change, Wait};
+use crate::PAGE_SIZE;
+use crate::frame::Pfn;
+use crate::frame::cuts::{Cut, Phase};
+use crate::frame::ledger::HolderKind;
+use crate::pagemap::{HoldError, Run};
+use crate::space::pin::Pin;
+
+/// How a file's pages are reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// They are the storage: no page cache, no second copy.
+    Direct {
+        /// A mapping is durable as soon as the CPU's caches are written back.
+        map_sync: bool,
+    },
+    /// Through the page cache.
+    PageCache,
+}
+
+/// A file whose pages live by the one rule: whoever uses a page holds a reference to it, in whatever process, and the file
+/// is cut only where nobody does. See the module's description.
+///
+/// A handle is cheap to clone; clones are one user of the file.
+#[derive(Debug, Clone)]
+pub struct DaxFile(Arc<Inner>);
+
+pub(super) struct Inner {
+    pub path: PathBuf,
+    pub fd: OwnedFd,
+    pub table: Arc<Table>,
+    pub access: Access,
+    pub options: DaxOptions,
+    pub lease: PinLease,
+    /// Mappings and pins that were made through this handle.
+    pub holds: AtomicUsize,
+    closed: AtomicBool,
+    /// The cut of which the owner of long-term pins was told last.
+    revoked: AtomicU64,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DaxFile")
+            .field("path", &self.path)
+            .field("access", &self.access)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What [`DaxFile::close`] gives back with the file that could not be closed.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct CloseError {
+    /// The file, as it was.
+    pub file: DaxFile,
+    /// Why it could not be closed.
+    pub error: DaxError,
+}
+
+impl Inner {
+    pub fn new(
+        path: PathBuf,
+        fd: OwnedFd,
+        table: Arc<Table>,
+        access: Access,
+        options: DaxOptions,
+    ) -> Arc<Self> {
+        let inner = Arc::new(Self {
+            path,
+            fd,
+            table,
+            access,
+            options,
+            lease: PinLease::default(),
+            holds: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+            revoked: AtomicU64::new(0),
+        });
+        if inner.options.lease {
+            crate::sys::dax::mind_no_lease_break(inner.fd.as_fd());
+        }
+        let mut files = inner.table.files.lock();
+        files.retain(|file| file.strong_count() > 0);
+        files.push(Arc::downgrade(&inner));
+        drop(files);
+        inner
+    }
+
+    pub fn failed(&self, what: &'static str, errno: Errno) -> DaxError {
+        DaxError::Sys { path: self.path.clone(), what, errno }
+    }
+
+    pub fn table_error(&self, why: TableError) -> DaxError {
+        DaxError::Table { path: self.path.clone(), why }
+    }
+
+    pub fn bad_range(&self, range: &Range<u64>, what: &'static str) -> DaxError {
+        DaxError::Range { start: range.start, end: range.end, what }
+    }
+
+    pub fn len(&self) -> Result<u64, DaxError> {
+        let stat = rustix::fs::fstat(&self.fd).map_err(|e| self.failed("look at", e))?;
+        Ok(stat.st_size as u64)
+    }
+
+    /// Its length in pages, the last one perhaps not full.
+    pub fn pages(&self) -> Result<Pfn, DaxError> {
+        let pages = self.len()?.div_ceil(PAGE_SIZE as u64);
+        Ok(Pfn::try_from(pages).unwrap_or(Pfn::MAX))
+    }
+
+    /// The pages that these bytes touch, all of which the file has.
+    pub fn pages_of(&self, range: &Range<u64>) -> Result<Range<Pfn>, DaxError> {
+        if range.start >= range.end {
+            return Err(self.bad_range(range, "is empty"));
+        }
+        let page = PAGE_SIZE as u64;
+        let (start, end) = (range.start / page, range.end.div_ceil(page));
+        if end > u64::from(self.pages()?) {
+            return Err(self.bad_range(range, "goes beyond the end of the file"));
+        }
+        let frames = self.table.frames();
+        if end > u64::from(frames) {
+            return Err(DaxError::TooLarge { path: self.path.clone(), max: u64::from(frames) * page });
+        }
+        Ok(start as Pfn..end as Pfn)
+    }
+
+    /// The bytes of these pages that the file has, for people.
+    pub fn bytes_of(&self, pages: &Range<Pfn>) -> Range<u64> {
+        let range = bytes(pages);
+        let end = self.len().unwrap_or(u64::MAX);
+        range.start..range.end.min(end.max(range.start))
+    }
+
+    pub fn check_open(&self) -> Result<(), DaxError> {
+        if self.table.is_ours() && !self.closed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        Err(DaxError::Closed { path: self.path.clone() })
+    }
+
+    /// References to pages, or the cut that is in their way.
+    pub fn try_run(&self, kind: HolderKind, pages: &Range<Pfn>) -> Result<Result<Run, Cut>, DaxError> {
+        self.check_open()?;
+        let map = self.table.pagemap();
+        let run = map
+            .begin_run(self.table.owner(), kind, pages.start, pages.len() as u32, true)
+            .map_err(|why| self.hold_error(why))?;
+        // Between the caller's look at the length and our references the file may have been cut.
+        let result = match self.table.cuts().over(pages) {
+            Some(cut) => Ok(Err(cut)),
+            None => match self.pages() {
+                Ok(end) if end >= pages.end => return Ok(Ok(run)),
+                Ok(_) => Err(self.bad_range(&bytes(pages), "goes beyond the end of the file")),
+                Err(e) => Err(e),
+            },
+        };
+        map.end_run(run);
+        // A cutter may have seen ours.
+        self.table.announce_to_waiters();
+        result
+    }
+
+    pub fn hold_error(&self, why: HoldError) -> DaxError {
+        DaxError::Hold { path: self.path.clone(), why }
+    }
+
+    /// Waits for a cut that is in the way to end, once `event` is past.
+    pub fn wait_for_cut(&self, event: u32, deadline: Instant, pages: &Range<Pfn>) -> Result<(), DaxError> {
+        if self.table.wait(event, deadline) {
+            return Ok(());
+        }
+        let cutter = self.table.cuts().overlapping(pages).map(|cut| cut.owner);
+        let mut users = self.table.users(&(0..0));
+        let living = self.table.living();
+        let pid = living.iter().find(|(owner, ..)| Some(*owner) == cutter).map(|(_, pid, _)| *pid);
+        users.retain(|user| Some(user.pid) == pid);
+        Err(DaxError::Held {
+            path: self.path.clone(),
+            range: self.bytes_of(pages),
+            users,
+            waited: self.options.wait,
+        })
+    }
+
+    /// Gives references back, and says so to those who wait.
+    pub fn give_back(&self, run: Run) {
+        self.table.pagemap().end_run(run);
+        self.table.announce_to_waiters();
+    }
+
+    /// A pin for the length of a call.
+    pub fn pin_bytes(self: &Arc<Self>, range: &Range<u64>) -> Result<DaxPin, DaxError> {
+        let pages = self.pages_of(range);
+        // Beyond the end of the file, now or when the pages are pinned: what was there has been cut off.
+        pages.and_then(|pages| DaxPin::new(self, pages, Pin::Short)).map_err(|e| match e {
+            DaxError::Range { .. } => DaxError::Cut { path: self.path.clone(), range: range.clone() },
+            e => e,
+        })
+    }
+
+    pub fn read_at(&self, buf: &mut [u8], at: u64) -> Result<usize, DaxError> {
+        let mut read = 0;
+        while read < buf.len() {
+            match rustix::io::pread(&self.fd, &mut buf[read..], at + read as u64) {
+                Ok(0) => break,
+                Ok(n) => read += n,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(self.failed("read", e)),
+            }
+        }
+        Ok(read)
+    }
+
+    fn write_some_at(&self, buf: &[u8], at: u64) -> Result<usize, DaxError> {
+        let mut written = 0;
+        while written < buf.len() {
+            match rustix::io::pwrite(&self.fd, &buf[written..], at + written as u64) {
+                Ok(n) if n > 0 => written += n,
+                Err(Errno::INTR) => {}
+                // What has been written is there: say so, as `pwrite` does.
+                Ok(_) | Err(_) if written > 0 => break,
+                Ok(_) => return Err(self.failed("write", Errno::IO)),
+                Err(e) => return Err(self.failed("write", e)),
+            }
+        }
+        Ok(written)
+    }
+
+    pub fn write_all_at(&self, buf: &[u8], at: u64) -> Result<(), DaxError> {
+        let mut written = 0;
+        while written < buf.len() {
+            written += self.write_some_at(&buf[written..], at + written as u64)?;
+        }
+        Ok(())
+    }
+
+    /// Makes what was written by system calls durable.
+    pub fn sync(&self) -> Result<(), DaxError> {
+        rustix::fs::fdatasync(&self.fd).map_err(|e| self.failed("write back", e))
+    }
+
+    /// For the agent: has the owner of long-term pins told that they are in the way of a cut, once for each cut.
+    pub fn revoke(&self) {
+        let Some(revoke) = &self.options.revoke else { return };
+        for cut in self.table.cuts().iter().filter(|cut| cut.phase == Phase::Pins) {
+            let me = self.table.owner();
+            let mine = self.table.pagemap().ledger.of(me).map(|(_, e)| e);
+            let mine = mine.filter(|e| e.kind == HolderKind::LongPin);
+            let parts = mine.map(|e| e.pfn.max(cut.pages.start)..(e.pfn + e.len).min(cut.pages.end));
+            let parts: Vec<Range<Pfn>> = parts.filter(|part| !part.is_empty()).collect();
+            if !parts.is_empty() && self.revoked.swap(cut.id(), Ordering::Relaxed) != cut.id() {
+                parts.iter().for_each(|part| revoke(bytes(part)));
+            }
+        }
+    }
+}
+
+impl DaxFile {
+    pub(super) fn new(inner: Arc<Inner>) -> Self {
+        Self(inner)
+    }
+
+    pub(super) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
+    /// Opens a DAX file for reading and writing; [`DaxOptions`] for anything else.
+    ///
+    /// # Errors
+    /// See [`DaxError`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, DaxError> {
+        DaxOptions::new().open(path)
+    }
+
+    /// Opens a DAX file, or creates it.
+    ///
+    /// # Errors
+    /// See [`DaxOptions::create`].
+    pub fn create(path: impl AsRef<Path>) -> Result<Self, DaxError> {
+        DaxOptions::new().create(path)
+    }
+
+    /// The path by which it was opened.
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+
+    /// How its pages are reached.
+    pub fn access(&self) -> Access {
+        self.0.access
+    }
+
+    /// Its descriptor, for calls that are not here. What is done with it nobody waits for.
+    pub fn as_fd(&self) -> rustix::fd::BorrowedFd<'_> {
+        self.0.fd.as_fd()
+    }
+
+    /// Its length in bytes.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn len(&self) -> Result<u64, DaxError> {
+        self.0.len()
+    }
+
+    /// Whether it has no bytes.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn is_empty(&self) -> Result<bool, DaxError> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Maps bytes of the file: from the beginning of a page, to the end of one or of the file. Where `range` and the
+    /// file's blocks are aligned to 2 MiB the kernel can map them with huge pages; the address is chosen so.
+    ///
+    /// # Errors
+    /// [`DaxError::Range`] if the file has no such pages; see [`DaxError`].
+    pub fn map(&self, range: Range<u64>) -> Result<DaxMapping, DaxError> {
+        if !range.start.is_multiple_of(PAGE_SIZE as u64) {
+            return Err(self.0.bad_range(&range, "does not begin with a page"));
+        }
+        DaxMapping::new(&self.0, self.0.pages_of(&range)?)
+    }
+
+    /// Pins the pages of these bytes: nobody cuts them while the pin lives. Waits while somebody is about to.
+    ///
+    /// # Errors
+    /// [`DaxError::LongTerm`] unless the file was opened with [`DaxOptions::on_revoke`]; [`DaxError::Held`] if a change of
+    /// these pages does not come to an end; see [`DaxError`].
+    pub fn pin(&self, range: Range<u64>, pin: Pin) -> Result<DaxPin, DaxError> {
+        DaxPin::new(&self.0, self.0.pages_of(&range)?, pin)
+    }
+
+    /// Reads into `buf` from `at` on; less than asked for only at the end of the file.
+    ///
+    /// # Errors
+    /// What `pread` says.
+    pub fn read_at(&self, buf: &mut [u8], at: u64) -> Result<usize, DaxError> {
+        self.0.read_at(buf, at)
+    }
+
+    /// Writes at `at`, which may grow the file; less than asked for only where an error is behind it, of which the next
+    /// call tells. Durable after [`Self::flush`].
+    ///
+    /// # Errors
+    /// What `pwrite` says: no space, mostly.
+    pub fn write_at(&self, buf: &[u8], at: u64) -> Result<usize, DaxError> {
+        let written = self.0.write_some_at(buf, at)?;
+        self.0.table.announce_growth();
+        Ok(written)
+    }
+
+    /// Writes at the end of the file, as one step among all who append and truncate through farpage. Returns where.
+    ///
+    /// # Errors
+    /// What `pwrite` says; a part may have been written then, and is cut off again.
+    pub fn append(&self, buf: &[u8]) -> Result<u64, DaxError> {
+        self.0.check_open()?;
+        let _size = self.0.table.lock_size();
+        let at = self.0.len()?;
+        if let Err(e) = self.0.write_all_at(buf, at) {
+            // Nobody can have taken it for appended: we have the lock.
+            let _cut = rustix::fs::ftruncate(&self.0.fd, at);
+            return Err(e);
+        }
+        self.0.table.announce_growth();
+        Ok(at)
+    }
+
+    /// Makes the bytes of this range durable, however they were written: when it returns they survive a loss of power.
+    /// (The kernel writes back all of the file.) [`DaxMapping::flush`] is cheaper for what was written through a mapping.
+    ///
+    /// # Errors
+    /// A write that failed.
+    pub fn flush(&self, range: Range<u64>) -> Result<(), DaxError> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.0.sync()
+    }
+
+    /// Has the file system set blocks aside for these bytes, so that writing them finds space; may grow the file.
+    ///
+    /// # Errors
+    /// No space; not supported.
+    pub fn allocate(&self, range: Range<u64>) -> Result<(), DaxError> {
+        if range.start >= range.end {
+            return Err(self.0.bad_range(&range, "is empty"));
+        }
+        let len = range.end - range.start;
+        rustix::fs::fallocate(&self.0.fd, FallocateFlags::empty(), range.start, len)
+            .map_err(|e| self.0.failed("set blocks aside for", e))?;
+        self.0.table.announce_growth();
+        Ok(())
+    }
+
+    /// Sets the file's length. Pages beyond it are waited for; see [`Self::change`].
+    ///
+    /// # Errors
+    /// As [`Self::change`].
+    pub fn truncate(&self, len: u64) -> Result<(), DaxError> {
+        self.change(Change::Truncate(len), &self.waits())
+    }
+
+    /// Makes bytes zero and gives the blocks of whole pages back to the file system.
+    ///
+    /// # Errors
+    /// As [`Self::change`].
+    pub fn punch_hole(&self, range: Range<u64>) -> Result<(), DaxError> {
+        self.change(Change::PunchHole(range), &self.waits())
+    }
+
+    /// Makes bytes zero; the blocks stay set aside. Does not grow the file.
+    ///
+    /// # Errors
+    /// As [`Self::change`].
+    pub fn zero_range(&self, range: Range<u64>) -> Result<(), DaxError> {
+        self.change(Change::ZeroRange(range), &self.waits())
+    }
+
+    /// Takes a part of the file out, of whole blocks; what follows moves up. Everything from `range.start` on is waited for.
+    ///
+    /// # Errors
+    /// As [`Self::change`].
+    pub fn collapse_range(&self, range: Range<u64>) -> Result<(), DaxError> {
+        self.change(Change::CollapseRange(range), &self.waits())
+    }
+
+    fn waits(&self) -> Wait<'static> {
+        Wait { timeout: self.0.options.wait, stop: None }
+    }
+
+    /// Who has the file open, in all processes, and what they hold of it.
+    pub fn users(&self) -> Vec<User> {
+        self.0.table.reap();
+        self.0.table.users(&(0..Pfn::MAX))
+    }
+
+    /// Compares the count of every page with the references that are recorded. Empty: all is right.
+    pub fn audit(&self) -> Vec<Difference> {
+        self.0.table.reap();
+        self.0.table.differences()
+    }
+
+    /// Ends the use of the file through this handle and its clones: they give no new references, mappings and pins made
+    /// through them are waited for. What other processes hold stays theirs.
+    ///
+    /// # Errors
+    /// They were not given up in time; the file comes back, usable.
+    pub fn close(self, wait: &Wait<'_>) -> Result<(), CloseError> {
+        let inner = &self.0;
+        inner.closed.store(true, Ordering::Release);
+        let deadline = after(Instant::now(), wait.timeout);
+        loop {
+            let event = inner.table.event();
+            if inner.holds.load(Ordering::Acquire) == 0 {
+                return Ok(());
+            }
+            let interrupted = wait.is_stopped();
+            if interrupted || !inner.table.wait(event, deadline) {
+                inner.closed.store(false, Ordering::Release);
+                let (path, range) = (inner.path.clone(), 0..u64::MAX);
+                let error = if interrupted {
+                    DaxError::Interrupted { path, range }
+                } else {
+                    let mut users = inner.table.holders_of(&(0..Pfn::MAX));
+                    users.retain(|user| user.pid == std::process::id());
+                    DaxError::Held { path, range, users, waited: wait.timeout }
+                };
+                return Err(CloseError { file: self, error });
+            }
+        }
+    }
+
+    /// For those who keep a weak handle.
+    #[allow(dead_code, reason = "for tests of leaks")]
+    pub(super) fn downgrade(&self) -> Weak<Inner> {
+        Arc::downgrade(&self.0)
+    }
+
+    /// How long this handle waits.
+    pub fn timeout(&self) -> Duration {
+        self.0.options.wait
+    }
+}

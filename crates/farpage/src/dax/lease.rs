@@ -1,0 +1,105 @@
+//! Leases: how programs that do not use farpage are held off a file while its pages are pinned.
+//!
+//! A write lease (`F_SETLEASE`) can be had while nobody else has the file open. Whoever opens it then waits in the kernel until
+//! the lease is given back, at most `/proc/sys/fs/lease-break-time` (45 s); so does a `truncate` by name. It is given
+//! back soon after the last pin, and at once when another farpage process opens the file: that one sees our pins.
+//!
+//! Taking a lease costs more than pinning, so it is kept for a few rounds of the agent ([`super::table::ROUND`]): pins that
+//! follow each other share it, and a stranger waits that much longer.
+
+use std::os::fd::AsFd;
+
+use super::file::Inner;
+use super::table::Table;
+use crate::sys::Mutex;
+use crate::sys::dax::{self, Lease};
+
+/// The lease of one handle.
+pub(super) struct PinLease(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    pins: u32,
+    had: bool,
+    /// Nothing was pinned at the agent's last look.
+    idle: bool,
+}
+
+impl Default for PinLease {
+    fn default() -> Self {
+        Self(Mutex::new(State::default()))
+    }
+}
+
+impl PinLease {
+    /// One pin more.
+    pub fn pinned(&self, file: &Inner) {
+        if !file.options.lease {
+            return;
+        }
+        let mut state = self.0.lock();
+        state.pins += 1;
+        state.idle = false;
+        if state.pins == 1 && state.take(file) {
+            // The agent is to look when it can go.
+            file.table.announce();
+        }
+    }
+
+    /// One pin less.
+    pub fn unpinned(&self, file: &Inner) {
+        if file.options.lease {
+            self.0.lock().pins -= 1;
+        }
+    }
+
+    /// The agent's look; true if it is to look again.
+    fn look(&self, file: &Inner, shared: bool) -> bool {
+        let mut state = self.0.lock();
+        let unused = state.pins == 0;
+        if shared || (unused && state.idle) {
+            state.give_back(file);
+        } else if !unused {
+            // It could not be had before: somebody may have closed the file.
+            state.take(file);
+        }
+        state.idle = unused;
+        state.had
+    }
+}
+
+impl State {
+    /// Takes it if it can be had, which is the system's affair: docs/dax.md says when. True: it is new.
+    fn take(&mut self, file: &Inner) -> bool {
+        if self.had || file.table.is_shared() || dax::set_lease(file.fd.as_fd(), Lease::Write).is_err() {
+            return false;
+        }
+        self.had = true;
+        if file.table.is_shared() {
+            // One who came meanwhile has announced himself before we had it.
+            self.give_back(file);
+        }
+        self.had
+    }
+
+    fn give_back(&mut self, file: &Inner) {
+        if std::mem::take(&mut self.had) {
+            let _given = dax::set_lease(file.fd.as_fd(), Lease::None);
+        }
+    }
+}
+
+impl Table {
+    /// For the agent: gives leases back that are in the way of others who use the table, and tells those whose long-term
+    /// pins are in the way of a cut. True: it is to look again in a [`super::table::ROUND`].
+    pub(super) fn serve_files(&self) -> bool {
+        let files: Vec<_> = self.files.lock().iter().filter_map(std::sync::Weak::upgrade).collect();
+        let shared = self.is_shared();
+        let mut again = false;
+        for file in files {
+            again |= file.lease.look(&file, shared);
+            file.revoke();
+        }
+        again
+    }
+}

@@ -1,0 +1,419 @@
+//! Mappings of a DAX file. Each page of one has a reference, which goes when the page is cut and comes back when the page
+//! does.
+
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use super::change::after;
+use super::error::DaxError;
+use super::file::{Access, Inner};
+use super::pin::DaxPin;
+use super::table::Table;
+use super::touch::{self, Watch, Watched};
+use super::users::bytes;
+use crate::PAGE_SIZE;
+use crate::frame::Pfn;
+use crate::frame::cuts::{Cut, Phase};
+use crate::frame::ledger::HolderKind;
+use crate::pagemap::Run;
+use crate::space::pin::Pin;
+use crate::sys::{self, Mutex, dax};
+
+/// Runs of a mapping that was cut often, before they are made one again.
+const MANY_RUNS: usize = 16;
+
+/// A part of a DAX file in memory; each page of it has one reference for this mapping. A forked child does not inherit it.
+///
+/// When somebody cuts pages (see [`super::Change`]) they are unmapped for as long as it takes; a thread that touches
+/// one meanwhile waits, and goes on with what is there then. A touch of a page that has been cut off raises SIGBUS, as it
+/// does without farpage; [`Self::read`] and [`Self::write`] give an error instead. What is handed to system calls or
+/// to other hardware is to be pinned ([`Self::pin`]): a system call that meets a page that is being cut fails with EFAULT.
+#[derive(Debug, Clone)]
+pub struct DaxMapping(Arc<Map>);
+
+/// What mappings and their pins share. Unmaps with the last of them.
+pub(super) struct Map {
+    file: Arc<Inner>,
+    addr: usize,
+    pages: Range<Pfn>,
+    state: Arc<Mutex<Mapped>>,
+    /// Bytes were written by system calls since the last flush.
+    written: AtomicBool,
+    _watched: Watched,
+}
+
+/// The references of a mapping.
+pub(super) struct Mapped {
+    file: Arc<Inner>,
+    addr: usize,
+    pages: Range<Pfn>,
+    /// What is mapped, in no order.
+    runs: Vec<Run>,
+    /// It lacks a part, and the table counts it among those that do.
+    gap: bool,
+}
+
+impl std::fmt::Debug for Map {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Map").field("file", &self.file.path).field("range", &bytes(&self.pages)).finish()
+    }
+}
+
+/// The parts of `range` that are in none of the others.
+fn without(range: Range<Pfn>, others: impl Iterator<Item = Range<Pfn>>) -> Vec<Range<Pfn>> {
+    let mut others: Vec<Range<Pfn>> = others.collect();
+    others.sort_unstable_by_key(|r| r.start);
+    let mut parts = Vec::new();
+    let mut from = range.start;
+    for other in others {
+        if other.start.min(range.end) > from {
+            parts.push(from..other.start.min(range.end));
+        }
+        from = from.max(other.end);
+    }
+    if from < range.end {
+        parts.push(from..range.end);
+    }
+    parts
+}
+
+impl Mapped {
+    fn addr_of(&self, page: Pfn) -> usize {
+        self.addr + (page - self.pages.start) as usize * PAGE_SIZE
+    }
+
+    /// Maps pages that are held already.
+    fn map(&self, pages: &Range<Pfn>) -> Result<(), rustix::io::Errno> {
+        let sync = matches!(self.file.access, Access::Direct { map_sync: true });
+        let len = pages.len() * PAGE_SIZE;
+        dax::map_file_at(self.file.fd.as_fd(), bytes(pages).start, self.addr_of(pages.start), len, sync)
+    }
+
+    fn gaps(&self, cuts: &[Cut]) -> Vec<Range<Pfn>> {
+        let runs = self.runs.iter().map(|run| run.pfn()..run.end());
+        without(self.pages.clone(), runs.chain(cuts.iter().map(|cut| cut.pages.clone())))
+    }
+
+    fn covers(&self, pages: &Range<Pfn>) -> bool {
+        without(pages.clone(), self.runs.iter().map(|run| run.pfn()..run.end())).is_empty()
+    }
+
+    /// Gives up what is being cut, takes back what has been. True: somebody may be waiting for what it did.
+    fn serve(&mut self, table: &Table, cuts: &[Cut]) -> bool {
+        let mut gave = false;
+        for cut in cuts.iter().filter(|cut| cut.phase == Phase::Mappings) {
+            gave |= self.give_up(table, &cut.pages);
+        }
+        if self.gap {
+            gave |= self.take_back(table, cuts);
+        }
+        gave
+    }
+
+    fn give_up(&mut self, table: &Table, cut: &Range<Pfn>) -> bool {
+        let overlaps = |run: &Run| run.pfn() < cut.end && cut.start < run.end();
+        let mut gave = false;
+        while let Some(i) = self.runs.iter().position(overlaps) {
+            let (start, end) = (self.runs[i].pfn(), self.runs[i].end());
+            let part = start.max(cut.start)..end.min(cut.end);
+            // First out of reach, then without a reference.
+            if let Err(e) = dax::map_nothing_at(self.addr_of(part.start), part.len() * PAGE_SIZE) {
+                sys::say(&format!("cannot unmap a part of {}: {e}", self.file.path.display()));
+                return gave;
+            }
+            let map = table.pagemap();
+            if part.end < end {
+                match map.begin_run(table.owner(), HolderKind::Mapping, part.end, end - part.end, false) {
+                    Ok(tail) => self.runs.push(tail),
+                    // The ledger is full. It goes as well, and comes back with the rest.
+                    Err(_)
+                        if dax::map_nothing_at(
+                            self.addr_of(part.end),
+                            (end - part.end) as usize * PAGE_SIZE,
+                        )
+                        .is_ok() => {}
+                    Err(_) => return gave,
+                }
+            }
+            map.shrink_run(&mut self.runs[i], part.start - start);
+            if self.runs[i].is_empty() {
+                self.runs.swap_remove(i);
+            }
+            self.set_gap(table, true);
+            gave = true;
+        }
+        gave
+    }
+
+    fn set_gap(&mut self, table: &Table, gap: bool) {
+        if self.gap != gap {
+            self.gap = gap;
+            table.count_gaps(gap);
+        }
+    }
+
+    fn take_back(&mut self, table: &Table, cuts: &[Cut]) -> bool {
+        let end = self.file.pages().unwrap_or(self.pages.start);
+        let mut undone = false;
+        for mut part in self.gaps(cuts) {
+            part.end = part.end.min(end);
+            if part.is_empty() {
+                continue;
+            }
+            let len = part.len() as u32;
+            let Ok(run) =
+                table.pagemap().begin_run(table.owner(), HolderKind::Mapping, part.start, len, true)
+            else {
+                continue;
+            };
+            let there =
+                table.cuts().over(&part).is_none() && self.file.pages().is_ok_and(|end| end >= part.end);
+            if !there || self.map(&part).is_err() {
+                // A new cut, whose end is another event; or no memory: until the next event then.
+                table.pagemap().end_run(run);
+                undone = true;
+                continue;
+            }
+            self.runs.push(run);
+        }
+        if self.gaps(&[]).is_empty() {
+            self.set_gap(table, false);
+            if self.runs.len() > MANY_RUNS {
+                self.join_runs(table);
+            }
+        }
+        undone
+    }
+
+    /// One run instead of many.
+    fn join_runs(&mut self, table: &Table) {
+        let map = table.pagemap();
+        let (first, len) = (self.pages.start, self.pages.len() as u32);
+        if let Ok(whole) = map.begin_run(table.owner(), HolderKind::Mapping, first, len, false) {
+            self.runs.drain(..).for_each(|run| map.end_run(run));
+            self.runs.push(whole);
+        }
+    }
+}
+
+impl Table {
+    /// What the agent does at each event, and who cuts for his own process.
+    pub(super) fn serve(&self, event: u32) {
+        let mut gave = false;
+        let mappings = self.mappings.lock();
+        let cuts: Vec<Cut> = self.cuts().iter().collect();
+        for mapping in mappings.iter() {
+            gave |= mapping.lock().serve(self, &cuts);
+        }
+        drop(mappings);
+        touch::caught_up(self.head().number(), event);
+        if gave {
+            self.announce();
+        }
+    }
+}
+
+impl DaxMapping {
+    pub(super) fn new(file: &Arc<Inner>, pages: Range<Pfn>) -> Result<Self, DaxError> {
+        let table = &file.table;
+        let len = pages.len() * PAGE_SIZE;
+        let sync = matches!(file.access, Access::Direct { map_sync: true });
+        // Where huge pages can be, the kernel chooses an address that lies to one as the file's offset does. Nobody knows
+        // the address yet, so nobody reaches pages through it before they are held.
+        let addr = dax::map_file(file.fd.as_fd(), bytes(&pages).start, len, sync);
+        let addr = addr.map_err(|e| file.failed("map", e))?;
+        let unmap = |e| {
+            let _gone = sys::unmap(addr, len);
+            e
+        };
+        let watch = Watch {
+            start: addr,
+            len,
+            first: pages.start,
+            head: table.head().number(),
+            fd: file.fd.as_raw_fd(),
+            event: table.event(),
+        };
+        let watched = touch::watch(watch).map_err(|why| unmap(file.table_error(why)))?;
+        let mut mapped =
+            Mapped { file: file.clone(), addr, pages: pages.clone(), runs: Vec::new(), gap: false };
+        let mut deadline = None;
+        let state = loop {
+            // Under the list's lock, so that the agent finds it with what it holds.
+            let mut mappings = table.mappings.lock();
+            let event = table.event();
+            match file.try_run(HolderKind::Mapping, &pages).map_err(unmap)? {
+                Ok(run) => {
+                    mapped.runs.push(run);
+                    let state = Arc::new(Mutex::new(mapped));
+                    mappings.push(state.clone());
+                    break state;
+                }
+                Err(_cut) => {
+                    drop(mappings);
+                    let deadline = deadline.get_or_insert_with(|| after(Instant::now(), file.options.wait));
+                    file.wait_for_cut(event, *deadline, &pages).map_err(unmap)?;
+                }
+            }
+        };
+        file.holds.fetch_add(1, Ordering::Relaxed);
+        let file = file.clone();
+        Ok(Self(Arc::new(Map {
+            file,
+            addr,
+            pages,
+            state,
+            written: AtomicBool::new(false),
+            _watched: watched,
+        })))
+    }
+
+    /// The first byte. Others may map the same pages: the bytes can change at any time.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.0.addr as *mut u8
+    }
+
+    /// Length in bytes, whole pages.
+    pub fn len(&self) -> usize {
+        self.0.pages.len() * PAGE_SIZE
+    }
+
+    /// Whether it maps nothing (it never does).
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Which bytes of the file.
+    pub fn range(&self) -> Range<u64> {
+        bytes(&self.0.pages)
+    }
+
+    /// The file's bytes of a part of the mapping.
+    fn part(&self, offset: usize, len: usize) -> Result<Range<u64>, DaxError> {
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.len());
+        let start = self.range().start.saturating_add(offset as u64);
+        let range = start..start.saturating_add(len as u64);
+        if inside { Ok(range) } else { Err(self.0.file.bad_range(&range, "is not inside the mapping")) }
+    }
+
+    /// Copies bytes out, from `offset` bytes into the mapping. Never SIGBUS.
+    ///
+    /// # Errors
+    /// [`DaxError::Cut`]: some of them are gone; [`DaxError::Range`]; what the file system says.
+    pub fn read(&self, offset: usize, out: &mut [u8]) -> Result<(), DaxError> {
+        let range = self.part(offset, out.len())?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let _stays = self.0.file.pin_bytes(&range)?;
+        let read = self.0.file.read_at(out, range.start)?;
+        if read < out.len() {
+            return Err(DaxError::Cut {
+                path: self.0.file.path.clone(),
+                range: range.start + read as u64..range.end,
+            });
+        }
+        Ok(())
+    }
+
+    /// Copies bytes in, as [`Self::read`]. They are seen at once through this and every other mapping.
+    ///
+    /// # Errors
+    /// As for [`Self::read`]; no space on the file system.
+    pub fn write(&self, offset: usize, data: &[u8]) -> Result<(), DaxError> {
+        let range = self.part(offset, data.len())?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        // It must not grow the file: what has been cut off stays so.
+        let _stays = self.0.file.pin_bytes(&range)?;
+        let end = self.0.file.len()?;
+        if range.end > end {
+            return Err(DaxError::Cut {
+                path: self.0.file.path.clone(),
+                range: range.start.max(end)..range.end,
+            });
+        }
+        self.0.written.store(true, Ordering::Relaxed);
+        self.0.file.write_all_at(data, range.start)
+    }
+
+    /// Makes the bytes of this part of the mapping durable: when it returns they survive a loss of power. On a
+    /// `MAP_SYNC` mapping by writing back the CPU's caches, without a system call; elsewhere by `msync`.
+    ///
+    /// # Errors
+    /// A write that failed; [`DaxError::Range`].
+    pub fn flush(&self, range: Range<usize>) -> Result<(), DaxError> {
+        let part = self.part(range.start, range.len())?;
+        if part.is_empty() {
+            return Ok(());
+        }
+        let file = &self.0.file;
+        let _stays = file.pin_bytes(&part)?;
+        let addr = self.0.addr + range.start;
+        let direct = matches!(file.access, Access::Direct { map_sync: true });
+        if direct && dax::write_back(addr, range.len()) {
+            // Where blocks were allocated by a system call, that is not yet durable.
+            return if self.0.written.swap(false, Ordering::Relaxed) { file.sync() } else { Ok(()) };
+        }
+        let start = addr / PAGE_SIZE * PAGE_SIZE;
+        dax::sync_mapping(start, addr + range.len() - start).map_err(|e| file.failed("write back", e))
+    }
+
+    /// Pins a part of the mapping: while the pin lives its pages are not cut, and its addresses stay valid.
+    ///
+    /// # Errors
+    /// As [`super::DaxFile::pin`]; [`DaxError::Cut`] if some of the pages are gone.
+    pub fn pin(&self, range: Range<usize>, pin: Pin) -> Result<DaxPin, DaxError> {
+        let part = self.part(range.start, range.len())?;
+        let pages = self.0.file.pages_of(&part)?;
+        let mut pinned = DaxPin::new(&self.0.file, pages.clone(), pin)?;
+        let table = &self.0.file.table;
+        if !self.0.state.lock().covers(&pages) {
+            // The agent may not have come to it since the last cut. No new one can come now.
+            table.serve(table.event());
+            if !self.0.state.lock().covers(&pages) {
+                return Err(DaxError::Cut { path: self.0.file.path.clone(), range: part });
+            }
+        }
+        pinned.keep_mapped(self.0.clone(), self.0.addr + range.start);
+        Ok(pinned)
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        if !self.file.table.is_ours() {
+            return; // a forked child, which has no such mapping
+        }
+        let table = &self.file.table;
+        table.mappings.lock().retain(|m| !Arc::ptr_eq(m, &self.state));
+        let mut mapped = self.state.lock();
+        // Out of reach before the references go.
+        let _gone = sys::unmap(self.addr, self.pages.len() * PAGE_SIZE);
+        mapped.set_gap(table, false);
+        mapped.runs.drain(..).for_each(|run| self.file.give_back(run));
+        self.file.holds.fetch_sub(1, Ordering::Relaxed);
+        table.announce_to_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_of_a_range() {
+        let left = |others: &[Range<Pfn>]| -> Vec<(Pfn, Pfn)> {
+            without(10..20, others.iter().cloned()).into_iter().map(|r| (r.start, r.end)).collect()
+        };
+        assert_eq!(left(&[]), [(10, 20)]);
+        assert_eq!(left(&[0..10, 20..30]), [(10, 20)]);
+        assert_eq!(left(&[15..40, 0..12]), [(12, 15)]);
+        assert_eq!(left(&[12..13, 11..14, 18..19]), [(10, 11), (14, 18), (19, 20)]);
+        assert_eq!(left(&[0..15, 15..u32::MAX]), []);
+    }
+}

@@ -1,0 +1,201 @@
+//! Opening a DAX file, and finding out whether it is one.
+
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::error::{DaxError, Missing};
+use super::file::{Access, DaxFile, Inner};
+use super::table::{self, Table};
+use crate::PAGE_SIZE;
+use crate::sys::dax;
+
+/// What is called when somebody wants pages that are pinned for long: with their bytes in the file.
+pub(super) type Revoke = dyn Fn(Range<u64>) + Send + Sync;
+
+/// How a file is opened.
+///
+/// ```
+/// use farpage::dax::{Access, DaxError, DaxFile, DaxOptions};
+///
+/// let dir = tempfile::tempdir()?;
+/// let path = dir.path().join("file");
+/// // On a file system without DAX this says so, and how to mount it...
+/// if let Err(e) = DaxFile::create(&path) {
+///     assert!(matches!(e, DaxError::NotDax { .. } | DaxError::BlockSize { .. }), "{e}");
+/// }
+/// // ... unless the page cache will do.
+/// let file = DaxOptions::new().page_cache(true).create(&path)?;
+/// # assert!(matches!(file.access(), Access::PageCache | Access::Direct { .. }));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
+pub struct DaxOptions {
+    page_cache: bool,
+    map_sync: bool,
+    pub(super) wait: Duration,
+    pub(super) lease: bool,
+    pub(super) revoke: Option<Arc<Revoke>>,
+    max_len: u64,
+    tables: PathBuf,
+}
+
+impl Default for DaxOptions {
+    fn default() -> Self {
+        Self {
+            page_cache: false,
+            map_sync: true,
+            wait: Duration::from_secs(10),
+            lease: true,
+            revoke: None,
+            max_len: 1 << 36,
+            tables: table::DIR.into(),
+        }
+    }
+}
+
+impl std::fmt::Debug for DaxOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DaxOptions").field("page_cache", &self.page_cache).finish_non_exhaustive()
+    }
+}
+
+impl DaxOptions {
+    /// The file must be DAX and grant MAP_SYNC; who is in the way of a change is waited for 10 s; a lease is taken.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Accepts a file that is not DAX: everything means the same, but its bytes are read and written through the page
+    /// cache, and made durable by system calls.
+    #[must_use]
+    pub fn page_cache(mut self, accept: bool) -> Self {
+        self.page_cache = accept;
+        self
+    }
+
+    /// Whether a DAX file must grant MAP_SYNC (by default it must). Without it [`super::DaxMapping::flush`] is a system call.
+    #[must_use]
+    pub fn map_sync(mut self, must: bool) -> Self {
+        self.map_sync = must;
+        self
+    }
+
+    /// For how long those are waited for who hold pages that are to be changed, and changes that are in the way of a
+    /// mapping or a pin.
+    #[must_use]
+    pub fn wait(mut self, timeout: Duration) -> Self {
+        self.wait = timeout;
+        self
+    }
+
+    /// Whether a lease is taken while pages are pinned, which holds programs off that do not use farpage (see
+    /// docs/dax.md for where it can be had). It is by default.
+    #[must_use]
+    pub fn lease(mut self, take: bool) -> Self {
+        self.lease = take;
+        self
+    }
+
+    /// Allows long-term pins: `revoke` is called, in a thread of farpage's, when somebody wants to change pages
+    /// that are pinned for long, with their bytes in the file. It has them given up soon, here or elsewhere, and
+    /// returns soon; as long as they are not, the change waits.
+    #[must_use]
+    pub fn on_revoke(mut self, revoke: impl Fn(Range<u64>) + Send + Sync + 'static) -> Self {
+        self.revoke = Some(Arc::new(revoke));
+        self
+    }
+
+    /// The longest that the file can become, in bytes (by default 64 GiB, or twice its length): address space of a
+    /// thousandth is set aside for counts. Who opens it first decides.
+    #[must_use]
+    pub fn max_len(mut self, bytes: u64) -> Self {
+        self.max_len = bytes;
+        self
+    }
+
+    /// Where the tables of users are (by default `/dev/shm`): the same place for all who use the file.
+    #[must_use]
+    pub fn tables(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.tables = dir.into();
+        self
+    }
+
+    /// Opens a file for reading and writing.
+    ///
+    /// # Errors
+    /// See [`DaxError`].
+    pub fn open(&self, path: impl AsRef<Path>) -> Result<DaxFile, DaxError> {
+        self.open_with(path.as_ref(), OFlags::empty())
+    }
+
+    /// Opens a file, or creates it (0600), for reading and writing.
+    ///
+    /// # Errors
+    /// See [`DaxError`]. A file that it has created stays, also if it turns out not to be DAX.
+    pub fn create(&self, path: impl AsRef<Path>) -> Result<DaxFile, DaxError> {
+        let path = path.as_ref();
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
+        match rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR) {
+            Ok(_) | Err(Errno::EXIST) => self.open(path),
+            Err(errno) => Err(DaxError::Sys { path: path.to_owned(), what: "create", errno }),
+        }
+    }
+
+    fn open_with(&self, path: &Path, flags: OFlags) -> Result<DaxFile, DaxError> {
+        let failed = |what| {
+            let path = path.to_owned();
+            move |errno| DaxError::Sys { path, what, errno }
+        };
+        // First without opening it: a process that has a lease of it is to give that back when it sees us in the table.
+        let name = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+        let name = name.map_err(failed("open"))?;
+        let stat = rustix::fs::fstat(&name).map_err(failed("look at"))?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(DaxError::NotAFile { path: path.to_owned() });
+        }
+        let identity = dax::file_identity(name.as_fd()).map_err(failed("look at"))?;
+        let max =
+            self.max_len.max((stat.st_size as u64).saturating_mul(2)).next_multiple_of(64 * PAGE_SIZE as u64);
+        let frames = u32::try_from(max / PAGE_SIZE as u64);
+        let frames = frames.map_err(|_| DaxError::TooLarge { path: path.to_owned(), max })?;
+        let table_path = Table::path_of(&self.tables, &identity);
+        let table_error = |why| DaxError::Table { path: table_path.clone(), why };
+        // A name that means something to others, too.
+        let name = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let table = Table::attach(&table_path, &name, frames, false).map_err(table_error)?;
+        let flags = flags | OFlags::RDWR | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open"))?;
+        // The name may be another file's by now.
+        if dax::file_identity(fd.as_fd()).map_err(failed("look at"))? != identity {
+            return Err(failed("open")(Errno::STALE));
+        }
+        let access = self.access(&fd, path)?;
+        Ok(DaxFile::new(Inner::new(path.to_owned(), fd, table, access, self.clone())))
+    }
+
+    /// How the file's pages are reached, if that will do.
+    fn access(&self, fd: &OwnedFd, path: &Path) -> Result<Access, DaxError> {
+        let failed = |errno| DaxError::Sys { path: path.to_owned(), what: "look at", errno };
+        let direct = dax::is_dax(fd.as_fd()).map_err(failed)?;
+        let map_sync = direct && dax::grants_map_sync(fd.as_fd());
+        match (direct, map_sync) {
+            (true, true) => return Ok(Access::Direct { map_sync }),
+            (true, false) if self.page_cache || !self.map_sync => return Ok(Access::Direct { map_sync }),
+            (false, _) if self.page_cache => return Ok(Access::PageCache),
+            _ => {}
+        }
+        // Why not: a cause that can be named comes before what follows from it.
+        let block = rustix::fs::fstatfs(fd).map_err(failed)?.f_bsize as u64;
+        if block == 0 || !block.is_multiple_of(PAGE_SIZE as u64) {
+            return Err(DaxError::BlockSize { path: path.to_owned(), block, page: PAGE_SIZE });
+        }
+        let missing = if direct { Missing::MapSync } else { Missing::Dax };
+        Err(DaxError::NotDax { path: path.to_owned(), missing })
+    }
+}

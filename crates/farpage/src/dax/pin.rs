@@ -1,0 +1,80 @@
+//! Pins of a file's pages.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use super::change::after;
+use super::error::DaxError;
+use super::file::Inner;
+use super::mapping::Map;
+use super::users::bytes;
+use crate::frame::Pfn;
+use crate::frame::ledger::HolderKind;
+use crate::pagemap::Run;
+use crate::space::pin::Pin;
+
+/// Pinned pages of a DAX file: while this lives nobody who uses farpage truncates, punches or collapses them, in no process.
+///
+/// In a forked child it is nothing: the pin is the parent's.
+#[derive(Debug)]
+pub struct DaxPin {
+    file: Arc<Inner>,
+    run: Option<Run>,
+    pages: Range<Pfn>,
+    /// The mapping through which it was pinned, and the address of its first byte there.
+    mapped: Option<(Arc<Map>, usize)>,
+}
+
+impl DaxPin {
+    pub(super) fn new(file: &Arc<Inner>, pages: Range<Pfn>, pin: Pin) -> Result<Self, DaxError> {
+        let kind = match pin {
+            Pin::Short => HolderKind::Pin,
+            Pin::LongTerm if file.options.revoke.is_some() => HolderKind::LongPin,
+            Pin::LongTerm => return Err(DaxError::LongTerm { path: file.path.clone() }),
+        };
+        let mut deadline = None;
+        loop {
+            let event = file.table.event();
+            match file.try_run(kind, &pages)? {
+                Ok(run) => {
+                    file.holds.fetch_add(1, Ordering::Relaxed);
+                    file.lease.pinned(file);
+                    return Ok(Self { file: file.clone(), run: Some(run), pages, mapped: None });
+                }
+                Err(_cut) => {
+                    let deadline = deadline.get_or_insert_with(|| after(Instant::now(), file.options.wait));
+                    file.wait_for_cut(event, *deadline, &pages)?;
+                }
+            }
+        }
+    }
+
+    pub(super) fn keep_mapped(&mut self, map: Arc<Map>, addr: usize) {
+        self.mapped = Some((map, addr));
+    }
+
+    /// Which bytes of the file, whole pages.
+    pub fn range(&self) -> Range<u64> {
+        bytes(&self.pages)
+    }
+
+    /// Where they are, if they were pinned through a mapping: the first byte that was asked for. Valid while the pin lives,
+    /// also when the mapping is dropped.
+    pub fn as_ptr(&self) -> Option<*mut u8> {
+        self.mapped.as_ref().map(|(_, addr)| *addr as *mut u8)
+    }
+}
+
+impl Drop for DaxPin {
+    fn drop(&mut self) {
+        if let Some(run) = self.run.take()
+            && self.file.table.is_ours()
+        {
+            self.file.give_back(run);
+            self.file.lease.unpinned(&self.file);
+            self.file.holds.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}

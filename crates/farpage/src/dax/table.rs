@@ -1,0 +1,532 @@
+//! The table of a DAX file: the counts of its pages and who uses it, shared by all processes that have it open.
+//!
+//! It lies in a file of its own (0600) whose name is that of the DAX file to the kernel: device, inode, generation.
+//! Each process has a slot. A killed one is known by its life sign, a robust futex of its agent thread, and whoever
+//! waits for something that it held cleans up after it ([`Table::reap`]); he can be killed himself at that.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::error::TableError;
+use super::file::Inner;
+use super::heads::{Head, OwnHead};
+use super::mapping::Mapped;
+use crate::PAGE_SIZE;
+use crate::frame::cuts::{CUTS, Cuts};
+use crate::frame::{MAX_OWNER, Owner, Pfn};
+use crate::pagemap::{DriverId, MemoryType, Pagemap, PagemapOps, Registration};
+use crate::sys::{Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake};
+
+/// Where tables are.
+pub const DIR: &str = "/dev/shm";
+/// What their names begin with.
+pub const PREFIX: &str = "farpage-dax-";
+
+/// The first page: what a signal handler reads as well.
+pub(super) const HEAD: usize = PAGE_SIZE;
+const MAGIC: u32 = 0xfa5d_0001;
+/// Words of the head.
+mod word {
+    pub const MAGIC: usize = 0;
+    pub const FRAMES: usize = 1;
+    pub const LOCK: usize = 2;
+    pub const EVENT: usize = 3;
+    pub const SIZE_LOCK: usize = 4;
+    pub const PATH_LEN: usize = 5;
+    pub const WAITERS: usize = 6;
+    pub const GAPS: usize = 7;
+    pub const SLOTS_USED: usize = 8;
+}
+/// The file's name, for people.
+const PATH: std::ops::Range<usize> = 64..1024;
+const STATES: usize = 1024;
+const BOUNDS: usize = STATES + CUTS * 8;
+
+/// Words of a slot, and their use.
+const SLOT: usize = 16;
+const SLOTS: usize = (MAX_OWNER as usize + 1) * SLOT * 4;
+mod slot {
+    pub const STATE: usize = 0;
+    pub const PID: usize = 1;
+    pub const LIFE: usize = 2;
+    /// Not 0: it has the file open, or is about to.
+    pub const USER: usize = 3;
+    pub const COMMAND: usize = 4;
+
+    /// Its process has not raised its life sign yet; it holds the file's lock until it has.
+    pub const FORMING: u32 = 1;
+    pub const LIVE: u32 = 2;
+}
+/// The kernel's mark in a robust futex whose owner died (`linux/futex.h`).
+const FUTEX_OWNER_DIED: u32 = 0x4000_0000;
+
+/// Looks at least so often for the dead, who wake nobody.
+pub(super) const ROUND: Duration = Duration::from_millis(20);
+
+/// See the module's description. One a file and process.
+pub struct Table {
+    path: PathBuf,
+    file: OwnedFd,
+    head: OwnHead,
+    lock: RobustLock,
+    size_lock: RobustLock,
+    slots: Slots,
+    body: SharedMap,
+    pagemap: Pagemap,
+    owner: Owner,
+    pid: u32,
+    /// Mappings of this process.
+    pub(super) mappings: Mutex<Vec<Arc<Mutex<Mapped>>>>,
+    /// Handles of this process.
+    pub(super) files: Mutex<Vec<Weak<Inner>>>,
+    agent: OnceLock<std::thread::JoinHandle<()>>,
+}
+
+/// The slots, and the number of the highest that was ever used.
+#[derive(Clone, Copy)]
+struct Slots {
+    words: &'static [AtomicU32],
+    used: &'static AtomicU32,
+}
+
+impl Slots {
+    fn of(&self, owner: Owner) -> &'static [AtomicU32] {
+        &self.words[usize::from(owner) * SLOT..][..SLOT]
+    }
+
+    fn state(&self, owner: Owner) -> u32 {
+        self.of(owner)[slot::STATE].load(Ordering::Acquire)
+    }
+
+    /// Whether the process can still run: it has a slot, and its life sign is up.
+    fn is_alive(&self, owner: Owner) -> bool {
+        // Acquire pairs with the kernel's store when the owner died: all that he did comes before.
+        self.state(owner) == slot::LIVE
+            && self.of(owner)[slot::LIFE].load(Ordering::Acquire) & FUTEX_OWNER_DIED == 0
+    }
+
+    fn all(&self) -> impl Iterator<Item = Owner> + '_ {
+        // Acquire pairs with `claim`: a slot that is in use is among them.
+        1..=self.used.load(Ordering::Acquire) as Owner
+    }
+
+    fn any_alive(&self) -> bool {
+        self.all().any(|owner| self.is_alive(owner))
+    }
+}
+
+impl Peers for Slots {
+    fn is_alive(&self, owner: u16) -> bool {
+        Slots::is_alive(self, owner)
+    }
+}
+
+/// What the pages of a file need of their pagemap: nothing when they become idle (the block is the file's), and somebody to
+/// clean up after the dead.
+struct FileOps {
+    name: String,
+    frames: u32,
+    table: Arc<OnceLock<Weak<Table>>>,
+}
+
+impl PagemapOps for FileOps {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn frames(&self) -> u32 {
+        self.frames
+    }
+
+    /// The page is idle. Its block stays where it is until the file is changed, which waits for just this.
+    fn page_free(&self, _pfns: &[Pfn], _owner: Owner) {}
+
+    fn stuck(&self, _owner: Owner) {
+        if let Some(table) = self.table.get().and_then(Weak::upgrade) {
+            table.reap();
+        }
+    }
+
+    fn remove(&self, _owner: Owner) -> Result<(), Errno> {
+        Ok(())
+    }
+}
+
+static TABLES: std::sync::Mutex<Vec<(PathBuf, u32, Weak<Table>)>> = std::sync::Mutex::new(Vec::new());
+
+impl Table {
+    /// The name of the table of the file with this identity ([`crate::sys::dax::file_identity`]).
+    pub(super) fn path_of(dir: &Path, identity: &[u8]) -> PathBuf {
+        dir.join(format!("{PREFIX}{:032x}", twox_hash::XxHash3_128::oneshot(identity)))
+    }
+
+    /// This process's table of that name: the one it has, or one that it joins or makes, with counts for at least
+    /// `frames` pages if nobody else uses it yet. `file` is for people. `looks`: only to see who uses it, which makes
+    /// nobody a user.
+    pub(super) fn attach(
+        path: &Path,
+        file: &Path,
+        frames: u32,
+        looks: bool,
+    ) -> Result<Arc<Self>, TableError> {
+        let pid = std::process::id();
+        let mut tables = TABLES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        tables.retain(|(_, of, table)| *of == pid && table.strong_count() > 0);
+        if let Some(table) = tables.iter().find(|(p, ..)| p == path).and_then(|(.., table)| table.upgrade()) {
+            if !looks {
+                table.become_user();
+            }
+            return Ok(table);
+        }
+        let table = Self::join(path, file, frames)?;
+        if !looks {
+            table.become_user();
+        }
+        tables.push((path.to_owned(), pid, Arc::downgrade(&table)));
+        Ok(table)
+    }
+
+    fn join(path: &Path, name: &Path, frames: u32) -> Result<Arc<Self>, TableError> {
+        let file = open_locked(path)?;
+        let fail = |e: Errno| TableError::Sys(e);
+        let mut size = rustix::fs::fstat(&file)?.st_size as usize;
+        let head = OwnHead::map(file.as_fd())?;
+        if size < HEAD + SLOTS || head.word(word::MAGIC) == 0 || !any_alive(&file, &head)? {
+            // Nobody's: whatever is in it was left by the dead.
+            rustix::fs::ftruncate(&file, 0)?;
+            size = HEAD + SLOTS + Pagemap::shared_len(frames);
+            rustix::fs::ftruncate(&file, size as u64)?;
+            head.begin(name, frames);
+        } else if head.word(word::MAGIC) != MAGIC {
+            return Err(TableError::Version);
+        }
+        let frames = head.word(word::FRAMES);
+        if size != HEAD + SLOTS + Pagemap::shared_len(frames) {
+            return Err(TableError::Version);
+        }
+        let create = head.word(word::MAGIC) == 0;
+        let body = SharedMap::new(&file, HEAD as u64, size - HEAD)?;
+        let table = Arc::new(OnceLock::new());
+        let what = Registration {
+            id: 0,
+            memory_type: MemoryType::FsDax,
+            driver: DriverId::default(),
+            ranges: vec![0..frames; 1],
+            ops: Box::new(FileOps { name: name.display().to_string(), frames, table: table.clone() }),
+        };
+        let counts = body.area(SLOTS, size - HEAD - SLOTS);
+        let pagemap = Pagemap::register(what, counts, create).map_err(|_| TableError::Version)?;
+        head.publish();
+        let slots = Slots { words: body.area(0, SLOTS).atomics32(), used: &head.words()[word::SLOTS_USED] };
+        let owner = claim(slots)?;
+        let joined = Arc::new(Self {
+            path: path.to_owned(),
+            file,
+            lock: RobustLock::new(&head.words()[word::LOCK]),
+            size_lock: RobustLock::new(&head.words()[word::SIZE_LOCK]),
+            head,
+            slots,
+            body,
+            pagemap,
+            owner,
+            pid: std::process::id(),
+            mappings: Mutex::new(Vec::new()),
+            files: Mutex::new(Vec::new()),
+            agent: OnceLock::new(),
+        });
+        let _first = table.set(Arc::downgrade(&joined));
+        let agent = super::agent::start(&joined, &slots.of(owner)[slot::LIFE]).map_err(fail)?;
+        let _first = joined.agent.set(agent);
+        // Release: who sees us live sees our life sign.
+        slots.of(owner)[slot::STATE].store(slot::LIVE, Ordering::Release);
+        rustix::fs::flock(&joined.file, FlockOperation::Unlock)?;
+        joined.reap();
+        Ok(joined)
+    }
+
+    /// From now on this process is a user of the file. If somebody has a lease, that is in its way.
+    fn become_user(&self) {
+        // SeqCst, with `is_shared`: whoever takes a lease after this sees it, and whoever has one is told.
+        if self.slots.of(self.owner)[slot::USER].swap(1, Ordering::SeqCst) == 0 {
+            self.announce();
+        }
+    }
+
+    /// The counts.
+    pub(super) fn pagemap(&self) -> &Pagemap {
+        &self.pagemap
+    }
+
+    /// This process's slot.
+    pub(super) fn owner(&self) -> Owner {
+        self.owner
+    }
+
+    /// Whether this process made it, and is not a forked child.
+    pub(super) fn is_ours(&self) -> bool {
+        self.pid == crate::sys::pid()
+    }
+
+    /// The cuts under way.
+    pub(super) fn cuts(&self) -> Cuts {
+        self.head.cuts()
+    }
+
+    /// The number of its head among those of this process, for the signal handler.
+    pub(super) fn head(&self) -> &Head {
+        &self.head
+    }
+
+    /// Pages that can be counted.
+    pub(super) fn frames(&self) -> u32 {
+        self.pagemap.frames.len() as u32
+    }
+
+    /// One at a time enters cuts, and cleans up.
+    pub(super) fn lock(&self) -> Locked<'_> {
+        self.lock.lock(self.owner, &self.slots)
+    }
+
+    /// One at a time changes where the file ends by what he has read of that.
+    pub(super) fn lock_size(&self) -> Locked<'_> {
+        self.size_lock.lock(self.owner, &self.slots)
+    }
+
+    /// Something has changed for which others may wait.
+    pub(super) fn announce(&self) {
+        self.head.event().fetch_add(1, Ordering::SeqCst);
+        futex_wake(self.head.event(), i32::MAX);
+    }
+
+    /// As [`Self::announce`], of something for which only those wait who said so: not the agents.
+    pub(super) fn announce_to_waiters(&self) {
+        // SeqCst, with `wait`: either he sees what has changed, or we see him.
+        fence(Ordering::SeqCst);
+        if self.head.words()[word::WAITERS].load(Ordering::Relaxed) != 0 {
+            self.announce();
+        }
+    }
+
+    /// The file has grown: mappings of which a part had been cut off may take it back.
+    pub(super) fn announce_growth(&self) {
+        if self.head.words()[word::GAPS].load(Ordering::SeqCst) != 0 {
+            self.announce();
+        }
+    }
+
+    /// A mapping has lost a part, or has got it back.
+    pub(super) fn count_gaps(&self, more: bool) {
+        let gaps = &self.head.words()[word::GAPS];
+        if more {
+            gaps.fetch_add(1, Ordering::SeqCst);
+        } else {
+            gaps.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    /// What has changed so far, for [`Self::wait`].
+    pub(super) fn event(&self) -> u32 {
+        // SeqCst: what is looked at afterwards is at least as new.
+        self.head.event().load(Ordering::SeqCst)
+    }
+
+    /// Waits until something has changed since `seen`, at most a [`ROUND`] and until `deadline`; cleans up after the dead
+    /// if nothing has. False: it is past the deadline.
+    pub(super) fn wait(&self, seen: u32, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
+        // If we die in here it stays too high, which costs others a system call now and then.
+        let waiters = &self.head.words()[word::WAITERS];
+        waiters.fetch_add(1, Ordering::SeqCst);
+        futex_wait(self.head.event(), seen, Some(left.min(ROUND)));
+        waiters.fetch_sub(1, Ordering::SeqCst);
+        if self.event() == seen {
+            self.reap();
+        }
+        true
+    }
+
+    /// Those who have the file open: slot, process, command.
+    pub(super) fn living(&self) -> Vec<(Owner, u32, String)> {
+        let uses = |owner: &Owner| self.slots.of(*owner)[slot::USER].load(Ordering::Relaxed) != 0;
+        let alive = self.slots.all().filter(|owner| self.slots.is_alive(*owner)).filter(uses);
+        alive
+            .map(|owner| {
+                let slot = self.slots.of(owner);
+                let command: Vec<u8> = slot[slot::COMMAND..slot::COMMAND + 4]
+                    .iter()
+                    .flat_map(|w| w.load(Ordering::Relaxed).to_ne_bytes())
+                    .take_while(|b| *b != 0)
+                    .collect();
+                let command = String::from_utf8_lossy(&command).into_owned();
+                (owner, slot[slot::PID].load(Ordering::Relaxed), command)
+            })
+            .collect()
+    }
+
+    /// Whether another process has the file open.
+    pub(super) fn is_shared(&self) -> bool {
+        let uses = |owner| self.slots.of(owner)[slot::USER].load(Ordering::SeqCst) != 0;
+        self.slots.all().any(|owner| owner != self.owner && self.slots.state(owner) != 0 && uses(owner))
+    }
+
+    /// Gives back what the dead held and ends what they were at; true if there were any.
+    pub(super) fn reap(&self) -> bool {
+        let dead = |owner: &Owner| self.slots.state(*owner) == slot::LIVE && !self.slots.is_alive(*owner);
+        if !self.slots.all().any(|owner| dead(&owner)) {
+            return false;
+        }
+        let _locked = self.lock();
+        let dead: Vec<Owner> = self.slots.all().filter(dead).collect();
+        let (map, frames) = (&self.pagemap, &self.pagemap.frames);
+        // All their transfers first: one dead may have been at a frame that another one holds.
+        for &owner in &dead {
+            self.cuts().forget(owner);
+            for pfn in frames.in_transit(owner) {
+                if frames.recover(pfn, owner, map.ledger.publishes(owner, pfn)) {
+                    map.free(&[pfn], owner);
+                }
+            }
+        }
+        for &owner in &dead {
+            map.put_holds_of(owner);
+            map.repair(owner, self.owner);
+            // Release: who takes the slot next finds nothing of its last owner.
+            self.slots.of(owner)[slot::STATE].store(0, Ordering::Release);
+        }
+        self.announce();
+        !dead.is_empty()
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        if !self.is_ours() {
+            return; // a forked child: nothing in it is its
+        }
+        // Only then nobody opens it and finds us, the last, half gone.
+        let locked = rustix::fs::flock(&self.file, FlockOperation::LockExclusive);
+        self.slots.of(self.owner)[slot::STATE].store(0, Ordering::Release);
+        if locked.is_ok() && !self.slots.any_alive() {
+            // Whoever opens it now makes a new one. A table that stays is found to be nobody's.
+            let _gone = rustix::fs::unlink(&self.path);
+        }
+        self.announce();
+        if let Some(agent) = self.agent.take()
+            && agent.thread().id() != std::thread::current().id()
+        {
+            let _ended = agent.join();
+        }
+        self.body.unmap();
+    }
+}
+
+/// The table's file, with its lock, and still under its name.
+fn open_locked(path: &Path) -> Result<OwnedFd, TableError> {
+    let me = rustix::process::geteuid();
+    let foreign = |uid: u32| uid != me.as_raw() && uid != 0 && !me.is_root();
+    loop {
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // With O_CREAT the kernel may refuse another's file in a directory of all (fs.protected_regular), root, too.
+        let create = flags | OFlags::CREATE | OFlags::EXCL;
+        let file = match rustix::fs::open(path, flags, Mode::empty()) {
+            Err(Errno::NOENT) => match rustix::fs::open(path, create, Mode::RUSR | Mode::WUSR) {
+                Err(Errno::EXIST) => continue, // another was quicker
+                file => file?,
+            },
+            Err(e @ (Errno::ACCESS | Errno::PERM)) => {
+                let owner = rustix::fs::lstat(path).map(|stat| stat.st_uid).ok();
+                return Err(owner.filter(|uid| *uid != me.as_raw()).map_or(e.into(), TableError::Foreign));
+            }
+            file => file?,
+        };
+        let stat = rustix::fs::fstat(&file)?;
+        if foreign(stat.st_uid) {
+            return Err(TableError::Foreign(stat.st_uid));
+        }
+        rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
+        // The last user may have removed it while we waited.
+        if rustix::fs::fstat(&file)?.st_nlink > 0 {
+            return Ok(file);
+        }
+    }
+}
+
+/// Whether some process that has a slot is alive.
+fn any_alive(file: &OwnedFd, head: &Head) -> Result<bool, Errno> {
+    let map = SharedMap::new(file, HEAD as u64, SLOTS)?;
+    let slots = Slots { words: map.area(0, SLOTS).atomics32(), used: &head.words()[word::SLOTS_USED] };
+    let alive = slots.any_alive();
+    map.unmap();
+    Ok(alive)
+}
+
+/// A slot for this process. The file's lock is held: nobody else forms one.
+fn claim(slots: Slots) -> Result<Owner, TableError> {
+    // One that is forming was left by somebody who died with the lock.
+    let free = |owner: &Owner| matches!(slots.state(*owner), 0 | slot::FORMING);
+    let owner = (1..=MAX_OWNER).find(free).ok_or(TableError::Full)?;
+    // Before it is in use.
+    slots.used.fetch_max(u32::from(owner), Ordering::AcqRel);
+    let slot = slots.of(owner);
+    slot[slot::STATE].store(slot::FORMING, Ordering::Relaxed);
+    slot[slot::USER].store(0, Ordering::Relaxed);
+    slot[slot::PID].store(std::process::id(), Ordering::Relaxed);
+    let command = std::fs::read("/proc/self/comm").unwrap_or_default();
+    let mut name = [0u8; 16];
+    let len = command.iter().take(15).take_while(|b| **b != b'\n').count();
+    name[..len].copy_from_slice(&command[..len]);
+    for (word, bytes) in slot[slot::COMMAND..].iter().zip(name.as_chunks::<4>().0) {
+        word.store(u32::from_ne_bytes(*bytes), Ordering::Relaxed);
+    }
+    Ok(owner)
+}
+
+/// The parts of a head.
+impl Head {
+    fn word(&self, i: usize) -> u32 {
+        self.words()[i].load(Ordering::Acquire)
+    }
+
+    fn begin(&self, file: &Path, frames: u32) {
+        use std::os::unix::ffi::OsStrExt;
+        let name = file.as_os_str().as_bytes();
+        let name = &name[..name.len().min(PATH.len())];
+        self.area().write(PATH.start, name);
+        self.words()[word::PATH_LEN].store(name.len() as u32, Ordering::Relaxed);
+        self.words()[word::FRAMES].store(frames, Ordering::Relaxed);
+    }
+
+    /// All is in place.
+    fn publish(&self) {
+        self.words()[word::MAGIC].store(MAGIC, Ordering::Release);
+    }
+
+    /// The file's name, as whoever made the table knew it.
+    pub(super) fn file_name(&self) -> PathBuf {
+        use std::os::unix::ffi::OsStringExt;
+        let len = self.word(word::PATH_LEN) as usize;
+        let mut name = vec![0; len.min(PATH.len())];
+        self.area().read(PATH.start, &mut name);
+        std::ffi::OsString::from_vec(name).into()
+    }
+
+    /// The cuts under way.
+    pub(super) fn cuts(&self) -> Cuts {
+        let words = self.area().atomics64();
+        Cuts::new(&words[STATES / 8..], &words[BOUNDS / 8..])
+    }
+
+    /// See [`Table::announce`].
+    pub(super) fn event(&self) -> &'static AtomicU32 {
+        &self.words()[word::EVENT]
+    }
+}

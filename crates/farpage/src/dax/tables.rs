@@ -1,0 +1,61 @@
+//! All DAX files that are in use on this machine, by their tables.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::error::TableError;
+use super::table::{DIR, PREFIX, Table};
+use super::users::{Difference, User};
+use crate::frame::Pfn;
+
+/// A DAX file that is in use.
+#[derive(Debug)]
+pub struct TableInfo {
+    /// The table of its users.
+    pub table: PathBuf,
+    /// The file, as whoever opened it first called it.
+    pub file: PathBuf,
+    /// Who has it open, and what he holds of it.
+    pub users: Vec<User>,
+    /// Counts that differ from the references that are recorded.
+    pub differences: Vec<Difference>,
+}
+
+/// The DAX files that are in use, with their users. What the dead left behind is cleaned up on the way.
+///
+/// # Errors
+/// The directory of tables cannot be read. Tables of other users come as errors of their own.
+pub fn tables() -> io::Result<Vec<Result<TableInfo, (PathBuf, TableError)>>> {
+    tables_in(Path::new(DIR))
+}
+
+/// As [`tables`], of another directory ([`super::DaxOptions::tables`]).
+///
+/// # Errors
+/// As [`tables`].
+pub fn tables_in(dir: &Path) -> io::Result<Vec<Result<TableInfo, (PathBuf, TableError)>>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        let is_ours = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(PREFIX));
+        if is_ours {
+            found.extend(look(&path).map_err(|e| (path, e)).transpose());
+        }
+    }
+    Ok(found)
+}
+
+/// `None`: nobody uses it, or it has just gone.
+fn look(path: &Path) -> Result<Option<TableInfo>, TableError> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let table = Table::attach(path, Path::new("?"), 64, true)?;
+    table.reap();
+    let users = table.users(&(0..Pfn::MAX));
+    if users.is_empty() {
+        return Ok(None);
+    }
+    let differences = table.differences();
+    Ok(Some(TableInfo { table: path.to_owned(), file: table.head().file_name(), users, differences }))
+}

@@ -1,0 +1,307 @@
+//! DAX files in one process, on the page cache: what a file needs of the kernel to be DAX is tried in a virtual machine
+//! (docs/dax-vm.md), by the same suite (`farpage-dax-suite`).
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use farpage::Pin;
+use farpage::dax::{Access, Change, DaxError, DaxFile, DaxOptions, Wait};
+
+const PAGE: u64 = 4096;
+
+fn soon() -> Wait<'static> {
+    Wait { timeout: Duration::from_millis(60), stop: None }
+}
+
+fn file(pages: u64) -> (tempfile::TempDir, DaxFile) {
+    let dir = tempfile::tempdir().unwrap();
+    let options = DaxOptions::new().page_cache(true).tables(dir.path()).wait(Duration::from_secs(5));
+    let file = options.create(dir.path().join("file")).unwrap();
+    let bytes: Vec<u8> = (0..pages * PAGE).map(|i| (i / PAGE) as u8 + 1).collect();
+    assert_eq!(file.write_at(&bytes, 0).unwrap(), bytes.len());
+    (dir, file)
+}
+
+fn tables(dir: &tempfile::TempDir) -> usize {
+    std::fs::read_dir(dir)
+        .unwrap()
+        .filter(|e| e.as_ref().unwrap().path().to_string_lossy().contains("farpage-dax-"))
+        .count()
+}
+
+#[test]
+fn an_ordinary_file_is_refused_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = DaxOptions::new().tables(dir.path());
+    let error = options.create(dir.path().join("file")).unwrap_err().to_string();
+    assert!(error.contains("STATX_ATTR_DAX") && error.contains("dax=always"), "{error}");
+    assert_eq!(tables(&dir), 0, "nothing stays behind");
+    let error = options.open(dir.path()).unwrap_err();
+    assert!(matches!(error, DaxError::NotAFile { .. }), "{error}");
+    let error = options.open(dir.path().join("none")).unwrap_err().to_string();
+    assert!(error.contains("cannot open") && error.contains("No such file"), "{error}");
+}
+
+#[test]
+fn mappings_read_and_write_the_file() {
+    let (dir, file) = file(8);
+    assert_eq!((file.access(), file.len().unwrap()), (Access::PageCache, 8 * PAGE));
+    let map = file.map(PAGE..4 * PAGE).unwrap();
+    assert_eq!((map.len(), map.range()), (3 * 4096, PAGE..4 * PAGE));
+    // SAFETY: inside the mapping.
+    assert_eq!(unsafe { (*map.as_ptr(), *map.as_ptr().add(2 * 4096)) }, (2, 4));
+    map.write(4095, &[77, 78]).unwrap();
+    let mut two = [0; 2];
+    map.read(4095, &mut two).unwrap();
+    assert_eq!(two, [77, 78]);
+    file.read_at(&mut two, 2 * PAGE - 1).unwrap();
+    assert_eq!(two, [77, 78]);
+    map.flush(0..map.len()).unwrap();
+    map.flush(100..200).unwrap();
+    file.flush(0..8 * PAGE).unwrap();
+    assert_eq!(file.append(b"end").unwrap(), 8 * PAGE);
+    assert_eq!(file.len().unwrap(), 8 * PAGE + 3);
+    assert_eq!(file.map(8 * PAGE..8 * PAGE + 3).unwrap().len(), 4096);
+    let users = file.users();
+    assert_eq!(users.len(), 1);
+    assert_eq!((users[0].pid, users[0].holds.len()), (std::process::id(), 1));
+    assert_eq!(users[0].to_string().split(" has ").nth(1), Some("a mapping of 0x1000..0x4000"));
+    assert!(file.audit().is_empty());
+    for wrong in [1..PAGE, PAGE..PAGE, PAGE..10 * PAGE] {
+        assert!(matches!(file.map(wrong), Err(DaxError::Range { .. })));
+    }
+    assert!(matches!(map.read(3 * 4096 - 1, &mut two), Err(DaxError::Range { .. })));
+    drop(map);
+    assert!(file.users()[0].holds.is_empty());
+    drop(file);
+    assert_eq!(tables(&dir), 0, "the last user takes the table along");
+}
+
+#[test]
+fn a_pin_holds_off_what_cuts_its_pages_and_nothing_else() {
+    let (_dir, file) = file(16);
+    let pin = file.pin(4 * PAGE + 7..6 * PAGE, Pin::Short).unwrap();
+    assert_eq!(pin.range(), 4 * PAGE..6 * PAGE);
+    for change in [
+        Change::Truncate(0),
+        Change::Truncate(6 * PAGE - 5000),
+        Change::PunchHole(0..5 * PAGE),
+        Change::PunchHole(5 * PAGE..8 * PAGE),
+        Change::ZeroRange(4 * PAGE..5 * PAGE),
+        Change::CollapseRange(0..PAGE),
+    ] {
+        let error = file.change(change.clone(), &soon()).unwrap_err();
+        let DaxError::Held { users, .. } = &error else { panic!("{change:?}: {error}") };
+        assert_eq!(users[0].pid, std::process::id());
+        assert!(error.to_string().contains("a pin of 0x"), "{error}");
+        assert_eq!(file.len().unwrap(), 16 * PAGE);
+    }
+    // What is outside goes on.
+    file.change(Change::PunchHole(0..4 * PAGE), &soon()).unwrap();
+    file.change(Change::PunchHole(6 * PAGE..7 * PAGE), &soon()).unwrap();
+    file.change(Change::Truncate(6 * PAGE), &soon()).unwrap();
+    let mut bytes = [9; 2 * 4096];
+    file.read_at(&mut bytes, 3 * PAGE).unwrap();
+    assert_eq!((bytes[0], bytes[4096]), (0, 5));
+    drop(pin);
+    file.change(Change::Truncate(0), &soon()).unwrap();
+    assert!(file.audit().is_empty());
+}
+
+#[test]
+fn who_waits_goes_on_when_the_pin_goes() {
+    let (_dir, file) = file(4);
+    let pin = file.pin(0..PAGE, Pin::Short).unwrap();
+    let other = file.clone();
+    let cutting = std::thread::spawn(move || other.truncate(0));
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(file.len().unwrap(), 4 * PAGE);
+    // New references wait for the cut, and find that there is nothing any more.
+    let other = file.clone();
+    let late = std::thread::spawn(move || other.pin(0..PAGE, Pin::Short).map(drop));
+    std::thread::sleep(Duration::from_millis(20));
+    let began = Instant::now();
+    drop(pin);
+    cutting.join().unwrap().unwrap();
+    assert!(began.elapsed() < Duration::from_secs(2));
+    let late = late.join().unwrap();
+    assert!(matches!(late, Ok(()) | Err(DaxError::Range { .. })), "{late:?}");
+    assert_eq!(file.len().unwrap(), 0);
+    assert!(file.audit().is_empty());
+}
+
+#[test]
+fn a_wait_can_be_interrupted() {
+    let (_dir, file) = file(4);
+    let _pin = file.pin(0..PAGE, Pin::Short).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let wait = Wait { timeout: Duration::from_secs(60), stop: Some(&stop) };
+        let file = &file;
+        let cutting = scope.spawn(move || file.change(Change::Truncate(0), &wait));
+        std::thread::sleep(Duration::from_millis(30));
+        stop.store(true, Ordering::Relaxed);
+        assert!(matches!(cutting.join().unwrap(), Err(DaxError::Interrupted { .. })));
+    });
+    assert_eq!(file.len().unwrap(), 4 * PAGE);
+    file.pin(0..4 * PAGE, Pin::Short).unwrap();
+}
+
+#[test]
+fn mappings_lose_what_is_cut_and_get_it_back() {
+    let (_dir, file) = file(64);
+    let map = file.map(0..64 * PAGE).unwrap();
+    // SAFETY: inside the mapping.
+    let at = |page: usize| unsafe { map.as_ptr().add(page * 4096).read_volatile() };
+    file.punch_hole(10 * PAGE..20 * PAGE).unwrap();
+    assert_eq!((at(9), at(10), at(19), at(20)), (10, 0, 0, 21), "the hole is mapped again, as zeros");
+    for page in 30..60 {
+        file.punch_hole(page * PAGE..(page + 1) * PAGE).unwrap();
+    }
+    assert_eq!((at(29), at(30), at(59), at(60)), (30, 0, 0, 61));
+    file.truncate(5 * PAGE).unwrap();
+    assert_eq!(at(4), 5);
+    let mut byte = [0];
+    assert!(matches!(map.read(5 * 4096, &mut byte), Err(DaxError::Cut { .. })));
+    assert!(matches!(map.write(5 * 4096, &byte), Err(DaxError::Cut { .. })));
+    assert!(matches!(
+        map.pin(5 * 4096..6 * 4096, Pin::Short),
+        Err(DaxError::Range { .. } | DaxError::Cut { .. })
+    ));
+    assert_eq!(file.len().unwrap(), 5 * PAGE, "a write to what is gone does not bring it back");
+    // It grows again.
+    file.truncate(64 * PAGE).unwrap();
+    assert_eq!((at(4), at(5), at(63)), (5, 0, 0));
+    map.write(63 * 4096, &[3]).unwrap();
+    assert_eq!(at(63), 3);
+    let until = Instant::now() + Duration::from_secs(2);
+    while file.users()[0].holds[0].range != (0..64 * PAGE) && Instant::now() < until {
+        std::thread::yield_now();
+    }
+    assert_eq!(file.users()[0].holds.len(), 1);
+    assert!(file.audit().is_empty());
+}
+
+#[test]
+fn a_pinned_address_stays_and_its_mapping_with_it() {
+    let (_dir, file) = file(8);
+    let map = file.map(0..8 * PAGE).unwrap();
+    let pin = map.pin(4096 + 5..2 * 4096, Pin::Short).unwrap();
+    let at = pin.as_ptr().unwrap();
+    assert_eq!(at as usize, map.as_ptr() as usize + 4096 + 5);
+    drop(map);
+    assert!(file.change(Change::PunchHole(0..8 * PAGE), &soon()).is_err());
+    // SAFETY: pinned.
+    assert_eq!(unsafe { at.read() }, 2);
+    drop(pin);
+    file.punch_hole(0..8 * PAGE).unwrap();
+    assert!(file.users()[0].holds.is_empty());
+}
+
+#[test]
+fn long_pins_need_somebody_who_gives_them_up() {
+    let (dir, file) = file(8);
+    let error = file.pin(0..PAGE, Pin::LongTerm).unwrap_err();
+    assert!(matches!(error, DaxError::LongTerm { .. }));
+    assert!(error.to_string().contains("on_revoke"), "{error}");
+
+    let held = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let asked = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let (give_up, note) = (held.clone(), asked.clone());
+    let options = DaxOptions::new().page_cache(true).tables(dir.path()).on_revoke(move |range| {
+        note.lock().unwrap().push(range);
+        give_up.lock().unwrap().clear();
+    });
+    let leased = options.open(dir.path().join("file")).unwrap();
+    held.lock().unwrap().push(leased.pin(PAGE..3 * PAGE, Pin::LongTerm).unwrap());
+    file.change(Change::PunchHole(4 * PAGE..5 * PAGE), &soon()).unwrap();
+    assert!(asked.lock().unwrap().is_empty(), "not in the way");
+    file.truncate(2 * PAGE).unwrap();
+    assert_eq!(*asked.lock().unwrap(), vec![2 * PAGE..3 * PAGE; 1]);
+}
+
+#[test]
+fn closing_waits_for_what_was_made_through_the_handle() {
+    let (_dir, file) = file(8);
+    let map = file.map(0..PAGE).unwrap();
+    let error = file.close(&soon()).unwrap_err();
+    assert!(error.to_string().contains("a mapping of 0x0..0x1000"), "{error}");
+    let file = error.file;
+    file.map(0..PAGE).unwrap();
+    let clone = file.clone();
+    let closing =
+        std::thread::spawn(move || file.close(&Wait { timeout: Duration::from_secs(5), stop: None }).is_ok());
+    std::thread::sleep(Duration::from_millis(30));
+    assert!(matches!(clone.map(0..PAGE), Err(DaxError::Closed { .. })));
+    drop(map);
+    assert!(closing.join().unwrap());
+}
+
+#[test]
+fn handles_of_one_process_share_one_table() {
+    let (dir, file) = file(8);
+    let again = DaxOptions::new().page_cache(true).tables(dir.path()).open(dir.path().join("file")).unwrap();
+    assert_eq!(tables(&dir), 1);
+    let _pin = again.pin(0..PAGE, Pin::Short).unwrap();
+    assert!(file.change(Change::Truncate(0), &soon()).is_err());
+    assert_eq!(file.users().len(), 1);
+}
+
+/// Threads that touch, pin, map, cut and grow for a while; what a page holds is its number or zeros.
+#[test]
+fn everything_at_once() {
+    const PAGES: u64 = 128;
+    let (_dir, file) = file(PAGES);
+    let until = Instant::now() + Duration::from_secs(3);
+    let going = || Instant::now() < until;
+    std::thread::scope(|scope| {
+        for seed in 0..2u64 {
+            let file = &file;
+            scope.spawn(move || {
+                let mut n = seed + 1;
+                while going() {
+                    n = n.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    let (page, len) = (n >> 33 & 63, 1 + (n >> 50 & 15));
+                    let Ok(map) = file.map(page * PAGE..(page + len) * PAGE) else { continue };
+                    let Ok(pin) = map.pin(0..map.len(), Pin::Short) else { continue };
+                    for i in 0..len {
+                        // SAFETY: pinned.
+                        let byte =
+                            unsafe { pin.as_ptr().unwrap().add((i * PAGE) as usize + 100).read_volatile() };
+                        assert!(
+                            byte == 0 || u64::from(byte) == page + i + 1,
+                            "page {} holds {byte}",
+                            page + i
+                        );
+                    }
+                }
+            });
+        }
+        let file = &file;
+        scope.spawn(move || {
+            let map = file.map(0..64 * PAGE).unwrap();
+            let mut n = 1u64;
+            while going() {
+                n = n.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                let page = n >> 33 & 63;
+                // SAFETY: the first 64 pages are punched and filled, but always there.
+                let byte = unsafe { map.as_ptr().add((page * PAGE) as usize + 100).read_volatile() };
+                assert!(byte == 0 || u64::from(byte) == page + 1, "page {page} holds {byte}");
+            }
+        });
+        let mut n = 7u64;
+        while going() {
+            n = n.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let (page, len) = (n >> 33 & 63, 1 + (n >> 50 & 7));
+            if n >> 60 < 2 {
+                file.truncate((64 + page) * PAGE).unwrap();
+            } else {
+                file.punch_hole(page * PAGE..(page + len) * PAGE).unwrap();
+                let bytes: Vec<u8> = (page..page + len).flat_map(|p| [p as u8 + 1; 4096]).collect();
+                file.write_at(&bytes, page * PAGE).unwrap();
+            }
+        }
+    });
+    assert!(file.audit().is_empty());
+    assert!(file.users()[0].holds.is_empty());
+}
