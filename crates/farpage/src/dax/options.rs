@@ -168,7 +168,7 @@ impl DaxOptions {
         let table_error = |why| DaxError::Table { path: table_path.clone(), why };
         // A name that means something to others, too.
         let name = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        let table = Table::attach(&table_path, &name, frames, false).map_err(table_error)?;
+        let table = Table::attach(&table_path, &name, frames, None, false).map_err(table_error)?;
         let flags = flags | OFlags::RDWR | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open"))?;
         // The name may be another file's by now.

@@ -18,6 +18,7 @@ use super::file::Inner;
 use super::heads::{Head, OwnHead};
 use super::mapping::Mapped;
 use crate::PAGE_SIZE;
+use crate::device::memory::DeviceMemory;
 use crate::frame::cuts::{CUTS, Cuts};
 use crate::frame::{MAX_OWNER, Owner, Pfn};
 use crate::pagemap::{DriverId, MemoryType, Pagemap, PagemapOps, Registration};
@@ -127,15 +128,16 @@ impl Peers for Slots {
     }
 }
 
-/// What the pages of a file need of their pagemap: nothing when they become idle (the block is the file's), and somebody to
-/// clean up after the dead.
-struct FileOps {
+/// What the pages of a table need of their pagemap: somebody to clean up after the dead. A file's need nothing when they
+/// become idle: the block stays the file's until that is changed, which waits for just this. A device's have its memory.
+struct TableOps {
     name: String,
     frames: u32,
+    memory: Option<DeviceMemory>,
     table: Arc<OnceLock<Weak<Table>>>,
 }
 
-impl PagemapOps for FileOps {
+impl PagemapOps for TableOps {
     fn name(&self) -> &str {
         &self.name
     }
@@ -144,8 +146,15 @@ impl PagemapOps for FileOps {
         self.frames
     }
 
-    /// The page is idle. Its block stays where it is until the file is changed, which waits for just this.
-    fn page_free(&self, _pfns: &[Pfn], _owner: Owner) {}
+    fn page_free(&self, pfns: &[Pfn], owner: Owner) {
+        if let Some(memory) = &self.memory {
+            PagemapOps::page_free(memory, pfns, owner);
+        }
+    }
+
+    fn memory(&self) -> Option<&DeviceMemory> {
+        self.memory.as_ref()
+    }
 
     fn stuck(&self, _owner: Owner) {
         if let Some(table) = self.table.get().and_then(Weak::upgrade) {
@@ -173,6 +182,7 @@ impl Table {
         path: &Path,
         file: &Path,
         frames: u32,
+        memory: Option<DeviceMemory>,
         looks: bool,
     ) -> Result<Arc<Self>, TableError> {
         let pid = std::process::id();
@@ -184,7 +194,7 @@ impl Table {
             }
             return Ok(table);
         }
-        let table = Self::join(path, file, frames)?;
+        let table = Self::join(path, file, frames, memory)?;
         if !looks {
             table.become_user();
         }
@@ -192,7 +202,12 @@ impl Table {
         Ok(table)
     }
 
-    fn join(path: &Path, name: &Path, frames: u32) -> Result<Arc<Self>, TableError> {
+    fn join(
+        path: &Path,
+        name: &Path,
+        frames: u32,
+        memory: Option<DeviceMemory>,
+    ) -> Result<Arc<Self>, TableError> {
         let file = open_locked(path)?;
         let fail = |e: Errno| TableError::Sys(e);
         let mut size = rustix::fs::fstat(&file)?.st_size as usize;
@@ -215,10 +230,15 @@ impl Table {
         let table = Arc::new(OnceLock::new());
         let what = Registration {
             id: 0,
-            memory_type: MemoryType::FsDax,
+            memory_type: if memory.is_some() { MemoryType::Generic } else { MemoryType::FsDax },
             driver: DriverId::default(),
             ranges: vec![0..frames; 1],
-            ops: Box::new(FileOps { name: name.display().to_string(), frames, table: table.clone() }),
+            ops: Box::new(TableOps {
+                name: name.display().to_string(),
+                frames,
+                memory,
+                table: table.clone(),
+            }),
         };
         let counts = body.area(SLOTS, size - HEAD - SLOTS);
         let pagemap = Pagemap::register(what, counts, create).map_err(|_| TableError::Version)?;

@@ -50,7 +50,7 @@ fn look(path: &Path) -> Result<Option<TableInfo>, TableError> {
     if !path.exists() {
         return Ok(None);
     }
-    let table = Table::attach(path, Path::new("?"), 64, true)?;
+    let table = Table::attach(path, Path::new("?"), 64, None, true)?;
     table.reap();
     let users = table.users(&(0..Pfn::MAX));
     if users.is_empty() {

@@ -188,6 +188,12 @@ fn write_back_kind() -> WriteBack {
     })
 }
 
+/// Makes the bytes of a mapping that the caller has alone zero.
+pub fn fill_zero(addr: usize, len: usize) {
+    // SAFETY: the caller's own mapping, which nobody else knows yet.
+    unsafe { std::ptr::write_bytes(addr as *mut u8, 0, len) };
+}
+
 /// Writes what was changed in a mapping to its file, and waits (`msync`).
 ///
 /// # Errors
