@@ -17,7 +17,6 @@ use rustix::fs::FallocateFlags;
 
 use super::error::DaxError;
 use super::file::{DaxFile, Inner};
-use super::users::bytes;
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
 use crate::frame::cuts::Cut;
@@ -178,7 +177,7 @@ fn enter<'f>(
         }
         drop(locked);
         if patience.wait.is_stopped() {
-            return Err(DaxError::Interrupted { path: file.path.clone(), range: bytes(pages) });
+            return Err(DaxError::Interrupted { path: file.path.clone(), range: file.bytes_of(pages) });
         }
         file.wait_for_cut(event, patience.deadline(), pages)?;
     }
@@ -209,13 +208,13 @@ impl Under<'_> {
                 continue;
             }
             if patience.wait.is_stopped() {
-                return Err(DaxError::Interrupted { path: self.file.path.clone(), range: bytes(&pages) });
+                let range = self.file.bytes_of(&pages);
+                return Err(DaxError::Interrupted { path: self.file.path.clone(), range });
             }
             if !table.wait(event, patience.deadline()) {
-                let (range, end) = (bytes(&pages), self.file.len().unwrap_or(u64::MAX));
                 return Err(DaxError::Held {
                     path: self.file.path.clone(),
-                    range: range.start..range.end.min(end.max(range.start)),
+                    range: self.file.bytes_of(&pages),
                     users: table.holders_of(&pages),
                     waited: patience.waited(),
                 });

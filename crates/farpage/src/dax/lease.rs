@@ -40,19 +40,9 @@ impl PinLease {
         let mut state = self.0.lock();
         state.pins += 1;
         state.idle = false;
-        if state.had || state.pins > 1 || file.table.is_shared() {
-            return;
-        }
-        // Whether it can be had is the system's affair: docs/dax.md says when.
-        state.had = dax::set_lease(file.fd.as_fd(), Lease::Write).is_ok();
-        if state.had {
-            if file.table.is_shared() {
-                // One who came meanwhile has announced himself before we had it.
-                state.give_back(file);
-            } else {
-                // The agent is to look when it can go.
-                file.table.announce();
-            }
+        if state.pins == 1 && state.take(file) {
+            // The agent is to look when it can go.
+            file.table.announce();
         }
     }
 
@@ -69,6 +59,9 @@ impl PinLease {
         let unused = state.pins == 0;
         if shared || (unused && state.idle) {
             state.give_back(file);
+        } else if !unused {
+            // It could not be had before: somebody may have closed the file.
+            state.take(file);
         }
         state.idle = unused;
         state.had
@@ -76,6 +69,19 @@ impl PinLease {
 }
 
 impl State {
+    /// Takes it if it can be had, which is the system's affair: docs/dax.md says when. True: it is new.
+    fn take(&mut self, file: &Inner) -> bool {
+        if self.had || file.table.is_shared() || dax::set_lease(file.fd.as_fd(), Lease::Write).is_err() {
+            return false;
+        }
+        self.had = true;
+        if file.table.is_shared() {
+            // One who came meanwhile has announced himself before we had it.
+            self.give_back(file);
+        }
+        self.had
+    }
+
     fn give_back(&mut self, file: &Inner) {
         if std::mem::take(&mut self.had) {
             let _given = dax::set_lease(file.fd.as_fd(), Lease::None);

@@ -13,6 +13,7 @@
 //! | keep them from being cut during a transfer | [`DaxFile::pin`], [`DaxMapping::pin`] |
 //! | make them durable | [`DaxMapping::flush`], [`DaxFile::flush`] |
 //! | cut | [`DaxFile::truncate`], [`DaxFile::punch_hole`], [`DaxFile::change`] |
+//! | a device without a file system | [`DaxDevice`] |
 //! | see who holds what | [`DaxFile::users`], [`tables()`], `farpage dax ls` |
 //!
 //! ```
@@ -45,6 +46,7 @@
 
 mod agent;
 mod change;
+mod device;
 mod error;
 mod file;
 mod heads;
@@ -58,6 +60,7 @@ mod touch;
 mod users;
 
 pub use change::{Change, Wait};
+pub use device::{DaxDevice, DeviceMapping, DeviceOpenError, DevicePin};
 pub use error::{DaxError, Missing, TableError};
 pub use file::{Access, CloseError, DaxFile};
 pub use mapping::DaxMapping;

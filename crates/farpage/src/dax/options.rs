@@ -166,7 +166,9 @@ impl DaxOptions {
         let frames = frames.map_err(|_| DaxError::TooLarge { path: path.to_owned(), max })?;
         let table_path = Table::path_of(&self.tables, &identity);
         let table_error = |why| DaxError::Table { path: table_path.clone(), why };
-        let table = Table::attach(&table_path, path, frames).map_err(table_error)?;
+        // A name that means something to others, too.
+        let name = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let table = Table::attach(&table_path, &name, frames, None, false).map_err(table_error)?;
         let flags = flags | OFlags::RDWR | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open"))?;
         // The name may be another file's by now.

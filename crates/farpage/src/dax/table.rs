@@ -18,10 +18,11 @@ use super::file::Inner;
 use super::heads::{Head, OwnHead};
 use super::mapping::Mapped;
 use crate::PAGE_SIZE;
+use crate::device::memory::DeviceMemory;
 use crate::frame::cuts::{CUTS, Cuts};
 use crate::frame::{MAX_OWNER, Owner, Pfn};
 use crate::pagemap::{DriverId, MemoryType, Pagemap, PagemapOps, Registration};
-use crate::sys::{Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake};
+use crate::sys::{ForkMutex, Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake};
 
 /// Where tables are.
 pub const DIR: &str = "/dev/shm";
@@ -55,6 +56,8 @@ mod slot {
     pub const STATE: usize = 0;
     pub const PID: usize = 1;
     pub const LIFE: usize = 2;
+    /// Not 0: it has the file open, or is about to.
+    pub const USER: usize = 3;
     pub const COMMAND: usize = 4;
 
     /// Its process has not raised its life sign yet; it holds the file's lock until it has.
@@ -70,7 +73,8 @@ pub(super) const ROUND: Duration = Duration::from_millis(20);
 /// See the module's description. One a file and process.
 pub struct Table {
     path: PathBuf,
-    file: OwnedFd,
+    /// Closed under [`FILES`].
+    file: Option<OwnedFd>,
     head: OwnHead,
     lock: RobustLock,
     size_lock: RobustLock,
@@ -125,15 +129,16 @@ impl Peers for Slots {
     }
 }
 
-/// What the pages of a file need of their pagemap: nothing when they become idle (the block is the file's), and somebody to
-/// clean up after the dead.
-struct FileOps {
+/// What the pages of a table need of their pagemap: somebody to clean up after the dead. A file's need nothing when they
+/// become idle: the block stays the file's until that is changed, which waits for just this. A device's have its memory.
+struct TableOps {
     name: String,
     frames: u32,
+    memory: Option<DeviceMemory>,
     table: Arc<OnceLock<Weak<Table>>>,
 }
 
-impl PagemapOps for FileOps {
+impl PagemapOps for TableOps {
     fn name(&self) -> &str {
         &self.name
     }
@@ -142,8 +147,15 @@ impl PagemapOps for FileOps {
         self.frames
     }
 
-    /// The page is idle. Its block stays where it is until the file is changed, which waits for just this.
-    fn page_free(&self, _pfns: &[Pfn], _owner: Owner) {}
+    fn page_free(&self, pfns: &[Pfn], owner: Owner) {
+        if let Some(memory) = &self.memory {
+            PagemapOps::page_free(memory, pfns, owner);
+        }
+    }
+
+    fn memory(&self) -> Option<&DeviceMemory> {
+        self.memory.as_ref()
+    }
 
     fn stuck(&self, _owner: Owner) {
         if let Some(table) = self.table.get().and_then(Weak::upgrade) {
@@ -156,7 +168,13 @@ impl PagemapOps for FileOps {
     }
 }
 
-static TABLES: std::sync::Mutex<Vec<(PathBuf, u32, Weak<Table>)>> = std::sync::Mutex::new(Vec::new());
+/// The tables of this process; a forked child has none.
+static TABLES: ForkMutex<Vec<(PathBuf, Weak<Table>)>> = ForkMutex::new(Vec::new(), Vec::new);
+
+/// Held while this process opens, locks or closes a table's file. Such a file is locked by `fcntl`, whose locks are the
+/// process's: a forked child does not keep them, and they end with the process, but also when it closes any
+/// descriptor of the file.
+static FILES: ForkMutex<()> = ForkMutex::new((), || ());
 
 impl Table {
     /// The name of the table of the file with this identity ([`crate::sys::dax::file_identity`]).
@@ -165,22 +183,44 @@ impl Table {
     }
 
     /// This process's table of that name: the one it has, or one that it joins or makes, with counts for at least
-    /// `frames` pages if nobody else uses it yet. `file` is for people.
-    pub(super) fn attach(path: &Path, file: &Path, frames: u32) -> Result<Arc<Self>, TableError> {
-        let pid = std::process::id();
-        let mut tables = TABLES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        tables.retain(|(_, of, table)| *of == pid && table.strong_count() > 0);
-        if let Some(table) = tables.iter().find(|(p, ..)| p == path).and_then(|(.., table)| table.upgrade()) {
+    /// `frames` pages if nobody else uses it yet. `file` is for people. `looks`: only to see who uses it, which makes
+    /// nobody a user.
+    pub(super) fn attach(
+        path: &Path,
+        file: &Path,
+        frames: u32,
+        memory: Option<DeviceMemory>,
+        looks: bool,
+    ) -> Result<Arc<Self>, TableError> {
+        let mut tables = TABLES.lock();
+        tables.retain(|(_, table)| table.strong_count() > 0);
+        if let Some(table) = tables.iter().find(|(p, _)| p == path).and_then(|(_, table)| table.upgrade()) {
+            if !looks {
+                table.become_user();
+            }
             return Ok(table);
         }
-        let table = Self::join(path, file, frames)?;
-        tables.push((path.to_owned(), pid, Arc::downgrade(&table)));
+        let joining = {
+            let _files = FILES.lock();
+            Self::join(path, file, frames, memory)
+        };
+        let (table, started) = joining?;
+        started?;
+        table.reap();
+        if !looks {
+            table.become_user();
+        }
+        tables.push((path.to_owned(), Arc::downgrade(&table)));
         Ok(table)
     }
 
-    fn join(path: &Path, name: &Path, frames: u32) -> Result<Arc<Self>, TableError> {
+    fn join(
+        path: &Path,
+        name: &Path,
+        frames: u32,
+        memory: Option<DeviceMemory>,
+    ) -> Result<(Arc<Self>, Result<(), Errno>), TableError> {
         let file = open_locked(path)?;
-        let fail = |e: Errno| TableError::Sys(e);
         let mut size = rustix::fs::fstat(&file)?.st_size as usize;
         let head = OwnHead::map(file.as_fd())?;
         if size < HEAD + SLOTS || head.word(word::MAGIC) == 0 || !any_alive(&file, &head)? {
@@ -201,10 +241,15 @@ impl Table {
         let table = Arc::new(OnceLock::new());
         let what = Registration {
             id: 0,
-            memory_type: MemoryType::FsDax,
+            memory_type: if memory.is_some() { MemoryType::Generic } else { MemoryType::FsDax },
             driver: DriverId::default(),
             ranges: vec![0..frames; 1],
-            ops: Box::new(FileOps { name: name.display().to_string(), frames, table: table.clone() }),
+            ops: Box::new(TableOps {
+                name: name.display().to_string(),
+                frames,
+                memory,
+                table: table.clone(),
+            }),
         };
         let counts = body.area(SLOTS, size - HEAD - SLOTS);
         let pagemap = Pagemap::register(what, counts, create).map_err(|_| TableError::Version)?;
@@ -213,7 +258,7 @@ impl Table {
         let owner = claim(slots)?;
         let joined = Arc::new(Self {
             path: path.to_owned(),
-            file,
+            file: Some(file),
             lock: RobustLock::new(&head.words()[word::LOCK]),
             size_lock: RobustLock::new(&head.words()[word::SIZE_LOCK]),
             head,
@@ -227,15 +272,27 @@ impl Table {
             agent: OnceLock::new(),
         });
         let _first = table.set(Arc::downgrade(&joined));
-        let agent = super::agent::start(&joined, &slots.of(owner)[slot::LIFE]).map_err(fail)?;
-        let _first = joined.agent.set(agent);
-        // Release: who sees us live sees our life sign.
-        slots.of(owner)[slot::STATE].store(slot::LIVE, Ordering::Release);
-        rustix::fs::flock(&joined.file, FlockOperation::Unlock)?;
-        joined.reap();
-        // Somebody may have a lease that is in our way.
-        joined.announce();
-        Ok(joined)
+        // Still under the lock: a slot that forms without it is a dead one's.
+        let started = super::agent::start(&joined, &slots.of(owner)[slot::LIFE]).map(|agent| {
+            let _first = joined.agent.set(agent);
+            // Release: who sees us live sees our life sign.
+            slots.of(owner)[slot::STATE].store(slot::LIVE, Ordering::Release);
+        });
+        joined.unlock_file();
+        Ok((joined, started))
+    }
+
+    fn unlock_file(&self) {
+        // It is our lock, on an open file: that does not fail.
+        self.file.iter().for_each(|file| _ = rustix::fs::fcntl_lock(file, FlockOperation::Unlock));
+    }
+
+    /// From now on this process is a user of the file. If somebody has a lease, that is in its way.
+    fn become_user(&self) {
+        // SeqCst, with `is_shared`: whoever takes a lease after this sees it, and whoever has one is told.
+        if self.slots.of(self.owner)[slot::USER].swap(1, Ordering::SeqCst) == 0 {
+            self.announce();
+        }
     }
 
     /// The counts.
@@ -336,7 +393,8 @@ impl Table {
 
     /// Those who have the file open: slot, process, command.
     pub(super) fn living(&self) -> Vec<(Owner, u32, String)> {
-        let alive = self.slots.all().filter(|owner| self.slots.is_alive(*owner));
+        let uses = |owner: &Owner| self.slots.of(*owner)[slot::USER].load(Ordering::Relaxed) != 0;
+        let alive = self.slots.all().filter(|owner| self.slots.is_alive(*owner)).filter(uses);
         alive
             .map(|owner| {
                 let slot = self.slots.of(owner);
@@ -353,7 +411,8 @@ impl Table {
 
     /// Whether another process has the file open.
     pub(super) fn is_shared(&self) -> bool {
-        self.slots.all().any(|owner| owner != self.owner && self.slots.state(owner) != 0)
+        let uses = |owner| self.slots.of(owner)[slot::USER].load(Ordering::SeqCst) != 0;
+        self.slots.all().any(|owner| owner != self.owner && self.slots.state(owner) != 0 && uses(owner))
     }
 
     /// Gives back what the dead held and ends what they were at; true if there were any.
@@ -387,16 +446,21 @@ impl Table {
 
 impl Drop for Table {
     fn drop(&mut self) {
+        let files = FILES.lock();
+        let file = self.file.take();
         if !self.is_ours() {
             return; // a forked child: nothing in it is its
         }
         // Only then nobody opens it and finds us, the last, half gone.
-        let locked = rustix::fs::flock(&self.file, FlockOperation::LockExclusive);
+        let locked =
+            file.as_ref().is_some_and(|f| rustix::fs::fcntl_lock(f, FlockOperation::LockExclusive).is_ok());
         self.slots.of(self.owner)[slot::STATE].store(0, Ordering::Release);
-        if locked.is_ok() && !self.slots.any_alive() {
+        if locked && !self.slots.any_alive() {
             // Whoever opens it now makes a new one. A table that stays is found to be nobody's.
             let _gone = rustix::fs::unlink(&self.path);
         }
+        drop(file);
+        drop(files);
         self.announce();
         if let Some(agent) = self.agent.take()
             && agent.thread().id() != std::thread::current().id()
@@ -412,20 +476,30 @@ fn open_locked(path: &Path) -> Result<OwnedFd, TableError> {
     let me = rustix::process::geteuid();
     let foreign = |uid: u32| uid != me.as_raw() && uid != 0 && !me.is_root();
     loop {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = match rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR) {
-            Ok(file) => file,
-            Err(Errno::ACCESS | Errno::PERM) => {
-                let uid = rustix::fs::lstat(path).map_or(u32::MAX, |stat| stat.st_uid);
-                return Err(if foreign(uid) { TableError::Foreign(uid) } else { Errno::ACCESS.into() });
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // With O_CREAT the kernel may refuse another's file in a directory of all (fs.protected_regular), root, too.
+        let create = flags | OFlags::CREATE | OFlags::EXCL;
+        let file = match rustix::fs::open(path, flags, Mode::empty()) {
+            Err(Errno::NOENT) => match rustix::fs::open(path, create, Mode::RUSR | Mode::WUSR) {
+                Err(Errno::EXIST) => continue, // another was quicker
+                file => file?,
+            },
+            Err(e @ (Errno::ACCESS | Errno::PERM)) => {
+                let owner = rustix::fs::lstat(path).map(|stat| stat.st_uid).ok();
+                return Err(owner.filter(|uid| *uid != me.as_raw()).map_or(e.into(), TableError::Foreign));
             }
-            Err(e) => return Err(e.into()),
+            file => file?,
         };
         let stat = rustix::fs::fstat(&file)?;
         if foreign(stat.st_uid) {
             return Err(TableError::Foreign(stat.st_uid));
         }
-        rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
+        loop {
+            match rustix::fs::fcntl_lock(&file, FlockOperation::LockExclusive) {
+                Err(Errno::INTR) => {}
+                locked => break locked?,
+            }
+        }
         // The last user may have removed it while we waited.
         if rustix::fs::fstat(&file)?.st_nlink > 0 {
             return Ok(file);
@@ -451,6 +525,7 @@ fn claim(slots: Slots) -> Result<Owner, TableError> {
     slots.used.fetch_max(u32::from(owner), Ordering::AcqRel);
     let slot = slots.of(owner);
     slot[slot::STATE].store(slot::FORMING, Ordering::Relaxed);
+    slot[slot::USER].store(0, Ordering::Relaxed);
     slot[slot::PID].store(std::process::id(), Ordering::Relaxed);
     let command = std::fs::read("/proc/self/comm").unwrap_or_default();
     let mut name = [0u8; 16];

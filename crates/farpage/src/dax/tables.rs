@@ -50,12 +50,9 @@ fn look(path: &Path) -> Result<Option<TableInfo>, TableError> {
     if !path.exists() {
         return Ok(None);
     }
-    let table = Table::attach(path, Path::new("?"), 64)?;
+    let table = Table::attach(path, Path::new("?"), 64, None, true)?;
     table.reap();
-    let me = std::process::id();
-    let mut users = table.users(&(0..Pfn::MAX));
-    // We are one for the time of looking.
-    users.retain(|user| user.pid != me || !user.holds.is_empty());
+    let users = table.users(&(0..Pfn::MAX));
     if users.is_empty() {
         return Ok(None);
     }

@@ -30,7 +30,7 @@ use crate::{PAGE_SIZE, Page};
 mod open;
 mod spec;
 
-pub use open::MemoryError;
+pub use open::{InPlace, MemoryError};
 pub use spec::{MemorySpec, MemorySpecError, Source};
 
 /// Bytes of a huge page.

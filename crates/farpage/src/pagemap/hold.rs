@@ -65,6 +65,14 @@ impl Pagemap {
         len: u32,
         align: u32,
     ) -> Result<Hold<'_>, HoldError> {
+        Ok(Hold { map: self, run: self.alloc_run(owner, kind, len, align)? })
+    }
+
+    /// As [`Self::alloc_held`], for those who keep the pagemap themselves.
+    ///
+    /// # Errors
+    /// See [`HoldError`]; nothing is held then.
+    pub fn alloc_run(&self, owner: Owner, kind: HolderKind, len: u32, align: u32) -> Result<Run, HoldError> {
         if len == 0 {
             return Err(HoldError::NoFrame(0, 0));
         }
@@ -88,7 +96,7 @@ impl Pagemap {
             run.len += n;
             (pfn + from..pfn + from + n).for_each(|pfn| self.frames.settle(pfn));
         }
-        Ok(Hold { map: self, run })
+        Ok(run)
     }
 
     fn put_run_in_transit(&self, pfn: Pfn, len: u32, owner: Owner) {

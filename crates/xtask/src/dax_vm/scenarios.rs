@@ -87,7 +87,7 @@ pub const SCENARIOS: &[Scenario] = &[
 /// The persistent memory for the scripts, by its name.
 pub fn nvdimms(folder: &Path) -> Vec<Nvdimm> {
     // A page of 1 GiB needs room for aligning it.
-    [("main", 512), ("small", 64), ("dev", 256), ("dev-4k", 64), ("dev-1g", 3 * 1024)]
+    [("main", 512), ("dev", 256), ("dev-4k", 64), ("dev-1g", 3 * 1024)]
         .map(|(name, mib)| Nvdimm::new(folder, name, mib * MIB))
         .into()
 }

@@ -76,6 +76,19 @@ pub enum MemoryError {
     )]
     CopyOnWrite(String),
 }
+/// What memory is like that is mapped in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InPlace {
+    /// Bytes.
+    pub size: u64,
+    /// Mappings begin and end at multiples of so many bytes.
+    pub align: u64,
+    /// The memory node that it would become if it were made ordinary memory.
+    pub target_node: Option<u32>,
+    /// A device-dax node, and no file in its place.
+    pub is_device: bool,
+}
+
 /// Memory that has been opened or made, and has its size.
 struct Opened {
     file: OwnedFd,
@@ -225,6 +238,47 @@ impl MemorySpec {
         })
     }
 
+    /// The memory of a device-dax node, or of a file or directory that stands for one, as frames of 4 KiB that are only
+    /// mapped: nothing is stored in it, and what it holds stays. Others may have it open, unless they store pages in it.
+    /// With it comes what it is like.
+    ///
+    /// # Errors
+    /// See [`MemoryError`].
+    pub fn in_place(&self) -> Result<(DeviceMemory, InPlace), MemoryError> {
+        let file = self.open().map_err(self.failed("open it"))?;
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).map_err(|errno| match errno {
+            Errno::WOULDBLOCK => MemoryError::InUse(self.to_string()),
+            errno => self.failed("lock it")(errno),
+        })?;
+        let kind = FileKind::of(&file).map_err(self.failed("look at it"))?;
+        let has = rustix::fs::fstat(&file).map_err(self.failed("look at it"))?.st_size as u64;
+        let (size, target_node) = match kind {
+            FileKind::Dax(dax) => (dax.size, dax.target_node),
+            _ => (has.max(self.size.unwrap_or(0)), None),
+        };
+        let align = kind.unit();
+        if size < align || !size.is_multiple_of(align) || size > MAX_SIZE {
+            return Err(MemoryError::Size { name: self.to_string(), size, frame_size: align });
+        }
+        if has < size && !matches!(kind, FileKind::Dax(_)) {
+            rustix::fs::ftruncate(&file, size).map_err(self.failed("size it (see `ulimit -f`)"))?;
+        }
+        let steady = SteadyFile::open(&backing_path(&file), OFlags::RDWR);
+        let memory = DeviceMemory {
+            name: self.to_string(),
+            memory_type: MemoryType::Generic,
+            frames: (size / PAGE_SIZE as u64) as u32,
+            frame_size: PAGE_SIZE as u64,
+            // As a device does, a file in its place keeps what it holds.
+            piece: None,
+            stores: false,
+            file: steady.map_err(self.failed("open it again"))?,
+            _origin: Some(file),
+            whole: None,
+        };
+        Ok((memory, InPlace { size, align, target_node, is_device: matches!(kind, FileKind::Dax(_)) }))
+    }
+
     fn open_sized(&self, lock: FlockOperation) -> Result<Opened, MemoryError> {
         let name = || self.to_string();
         let file = self.open().map_err(self.failed("open it"))?;
@@ -314,6 +368,7 @@ impl MemorySpec {
 struct Dax {
     size: u64,
     align: u64,
+    target_node: Option<u32>,
 }
 
 impl Dax {
@@ -331,7 +386,8 @@ impl Dax {
             text.strip_prefix("0x").map_or_else(|| text.parse().ok(), |hex| u64::from_str_radix(hex, 16).ok())
         };
         let size = number("size").ok_or(Errno::NODEV)?;
-        Ok(Self { size, align: number("align").unwrap_or(HUGE) })
+        let target_node = number("target_node").and_then(|node| u32::try_from(node).ok());
+        Ok(Self { size, align: number("align").unwrap_or(HUGE), target_node })
     }
 }
 
