@@ -3,7 +3,8 @@
 //! is told like any other failure. The program needs nothing but itself: other processes are itself again.
 
 mod cases;
-mod devdax;
+mod device;
+mod fuse;
 mod pages;
 mod peer;
 mod place;
@@ -64,6 +65,24 @@ enum Command {
         /// The device.
         #[arg(long)]
         device: PathBuf,
+        /// As for `run`.
+        #[arg(long, default_value_t = 2)]
+        seconds: u64,
+    },
+    /// Tries a FUSE file system that is served from a DAX file.
+    Fuse {
+        /// A directory on the file system that the file is to be on.
+        #[arg(long, visible_alias = "source")]
+        dir: PathBuf,
+        /// Where it is mounted.
+        #[arg(long)]
+        mount: PathBuf,
+        /// What the file system is expected to be.
+        #[arg(long, default_value = "dax")]
+        expect: Expect,
+        /// As for `run`.
+        #[arg(long, default_value_t = 2)]
+        seconds: u64,
     },
     /// Writes records until the power goes, and looks afterwards for those that were said to be durable.
     Powerloss {
@@ -100,12 +119,25 @@ struct PlaceArgs {
     /// Where the tables are: without it a directory of each case's own.
     #[arg(long)]
     tables: Option<PathBuf>,
+    /// Where a FUSE file system can be mounted: without it in a directory of the case's own.
+    #[arg(long)]
+    mount: Option<PathBuf>,
+    /// A device-dax device, for `device`: without it a file in its place.
+    #[arg(long)]
+    device: Option<PathBuf>,
 }
 
 impl PlaceArgs {
     fn place(self) -> Place {
         let tables = self.tables.unwrap_or_else(|| PathBuf::from("/dev/shm"));
-        Place { dir: self.dir, expect: self.expect, seconds: self.seconds, tables }
+        Place {
+            dir: self.dir,
+            expect: self.expect,
+            seconds: self.seconds,
+            tables,
+            mount: self.mount,
+            device: self.device,
+        }
     }
 }
 
@@ -117,7 +149,21 @@ fn main() -> ExitCode {
             cases::all(expect).for_each(|case| println!("{}", case.name));
             ExitCode::SUCCESS
         }
-        Command::Devdax { device } => devdax::run(&device),
+        Command::Fuse { dir, mount, expect, seconds } => {
+            let place = PlaceArgs { dir, expect, seconds, tables: None, mount: Some(mount), device: None };
+            run::run(&place.place(), Some("fuse-"))
+        }
+        Command::Devdax { device, seconds } => {
+            let args = PlaceArgs {
+                dir: std::env::temp_dir(),
+                expect: Expect::Device,
+                seconds,
+                tables: None,
+                mount: None,
+                device: Some(device),
+            };
+            run::run(&args.place(), None)
+        }
         Command::Powerloss { command } => powerloss::run(command),
         Command::Case { place, name } => run::case(&place.place(), &name),
         Command::Peer { place } => peer::serve(&place.place()),

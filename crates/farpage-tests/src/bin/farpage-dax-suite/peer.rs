@@ -14,7 +14,7 @@ use farpage::dax::{Change, DaxFile, DaxMapping, DaxPin, Wait};
 use rustix::process::{Pid, Signal};
 
 use crate::place::{LONG, Place};
-use crate::{Outcome, ensure, pages, storm};
+use crate::{Outcome, device, ensure, pages, storm};
 
 /// Another process.
 pub struct Peer {
@@ -151,13 +151,21 @@ struct Server<'p> {
     things: BTreeMap<u64, Thing>,
     next: u64,
     leased: Arc<Mutex<Leased>>,
+    devices: device::Things,
 }
 
 /// The helper's side.
 pub fn serve(place: &Place) -> ExitCode {
     // It does not outlive the case, whatever becomes of that.
     let _set = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
-    let mut server = Server { place, file: None, things: BTreeMap::new(), next: 0, leased: Arc::default() };
+    let mut server = Server {
+        place,
+        file: None,
+        things: BTreeMap::new(),
+        next: 0,
+        leased: Arc::default(),
+        devices: device::Things::default(),
+    };
     answer("ok up");
     for line in std::io::stdin().lines().map_while(Result::ok) {
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -293,6 +301,11 @@ impl Server<'_> {
                 answer("ok ");
                 storm::run(self.place, words[1], n(2)?)
             }
+            "dev-storm" => {
+                answer("ok ");
+                device::storm(self.place, words[1], n(2)?)
+            }
+            word if word.starts_with("dev-") => self.devices.act(self.place, words),
             "race" => storm::race(self.place, words[1], n(2)?),
             word => Err(format!("{word}?").into()),
         }

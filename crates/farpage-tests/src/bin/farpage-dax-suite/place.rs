@@ -18,6 +18,8 @@ pub enum Expect {
     PageCache,
     /// Not DAX: files are refused, with the reason.
     Refused,
+    /// Not a file system, but a device.
+    Device,
 }
 
 impl fmt::Display for Expect {
@@ -26,6 +28,7 @@ impl fmt::Display for Expect {
             Self::Dax => "dax",
             Self::PageCache => "page-cache",
             Self::Refused => "refused",
+            Self::Device => "device",
         })
     }
 }
@@ -39,6 +42,10 @@ pub struct Place {
     /// How long it tries random moments.
     pub seconds: u64,
     pub tables: PathBuf,
+    /// Where FUSE is to be mounted, if that matters.
+    pub mount: Option<PathBuf>,
+    /// A device-dax device.
+    pub device: Option<PathBuf>,
 }
 
 /// Too short for anybody who holds pages to give them up.
@@ -72,7 +79,7 @@ impl Place {
 
     /// The arguments with which another process finds the same place.
     pub fn args(&self) -> Vec<std::ffi::OsString> {
-        vec![
+        let mut args = vec![
             "--dir".into(),
             self.dir.clone().into(),
             "--expect".into(),
@@ -81,6 +88,13 @@ impl Place {
             self.seconds.to_string().into(),
             "--tables".into(),
             self.tables.clone().into(),
-        ]
+        ];
+        if let Some(mount) = &self.mount {
+            args.extend(["--mount".into(), mount.clone().into()]);
+        }
+        if let Some(device) = &self.device {
+            args.extend(["--device".into(), device.clone().into()]);
+        }
+        args
     }
 }

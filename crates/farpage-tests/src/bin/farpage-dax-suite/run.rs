@@ -10,7 +10,7 @@ use farpage_tests::Verdict;
 use rustix::process::{Pid, Signal};
 
 use crate::cases::{self, Case};
-use crate::place::{Expect, Place};
+use crate::place::Place;
 use crate::{Outcome, ensure};
 
 /// A case that cannot run here.
@@ -21,7 +21,7 @@ const LIMIT: Duration = Duration::from_secs(240);
 /// Runs all cases that are meant for what is expected, in turn, and says how each ended.
 pub fn run(place: &Place, only: Option<&str>) -> ExitCode {
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
-    let chosen = cases::all(place.expect).filter(|case| only.is_none_or(|only| case.name.contains(only)));
+    let chosen = cases::chosen(place.expect, only);
     for case in chosen {
         match one(place, case) {
             Ok(Verdict::Passed) => {
@@ -95,12 +95,22 @@ fn one(place: &Place, case: &Case) -> Outcome<Verdict> {
             None
         }
     };
+    // A case that was cut short has left its mounts.
+    for mount in
+        [Some(place.path("mount")), Some(place.path("small")), place.mount.clone()].into_iter().flatten()
+    {
+        let _gone = rustix::mount::unmount(&mount, rustix::mount::UnmountFlags::DETACH);
+    }
     let (out, err) = (out.join().unwrap_or_default(), err.join().unwrap_or_default());
     let said = format!("{out} {err}");
     let Some(status) = ended else { return Err(format!("not done in time. {said}").into()) };
     match status.code() {
         Some(0) => {
             nothing_left(&tables.0)?;
+            if place.device.is_some() {
+                let device = crate::device::open(&place)?;
+                ensure!(device.audit().is_empty() && device.in_use() == 0, "the device is still used");
+            }
             Ok(Verdict::Passed)
         }
         Some(n) if n == i32::from(SKIP) => Ok(Verdict::Skipped(out)),
@@ -169,14 +179,4 @@ pub fn case(place: &Place, name: &str) -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Whether this process may do everything.
-pub fn is_root() -> bool {
-    rustix::process::geteuid().is_root()
-}
-
-#[allow(dead_code, reason = "for cases that differ")]
-pub fn is_direct(place: &Place) -> bool {
-    place.expect == Expect::Dax
 }

@@ -1,7 +1,9 @@
 //! The cases, by topic.
 
 mod data;
+mod device;
 mod forks;
+mod fuse;
 mod holders;
 mod io;
 mod killed;
@@ -43,12 +45,30 @@ const USE: &[&[Case]] = &[
     forks::CASES,
     leases::CASES,
     space::CASES,
+    fuse::CASES,
     killed::CASES,
     races::CASES,
 ];
 
 /// The cases for a file system of this kind.
 pub fn all(expect: Expect) -> impl Iterator<Item = &'static Case> {
-    let tables = if expect == Expect::Refused { &[open::REFUSED] } else { USE };
-    tables.iter().flat_map(|table| table.iter())
+    let tables: &[&[Case]] = match expect {
+        Expect::Dax => &[open::DAX],
+        Expect::PageCache => &[],
+        Expect::Refused => &[open::REFUSED],
+        Expect::Device => &[device::CASES],
+    };
+    let use_of_files = if matches!(expect, Expect::Dax | Expect::PageCache) { USE } else { &[] };
+    let tables = tables.iter().chain(use_of_files);
+    tables.flat_map(|table| table.iter())
+}
+
+/// Those that are called so, or have it in their names if none is called so.
+pub fn chosen(expect: Expect, only: Option<&str>) -> impl Iterator<Item = &'static Case> {
+    let exact = all(expect).any(|case| Some(case.name) == only);
+    all(expect).filter(move |case| match only {
+        Some(only) if exact => case.name == only,
+        Some(only) => case.name.contains(only),
+        None => true,
+    })
 }

@@ -1,14 +1,15 @@
 //! Opening: what is DAX is opened, what is not is refused with the reason and the remedy.
 
-use farpage::dax::{Access, DaxError, DaxOptions};
+use farpage::dax::{Access, DaxError, DaxFile, DaxOptions};
 use farpage_tests::Verdict;
 
 use super::{Case, PASSED, case};
 use crate::place::{Expect, Place};
 use crate::{Outcome, ensure, pages};
 
-pub const CASES: &[Case] =
-    &[case("open", open), case("open-not-a-file", not_a_file), case("open-huge", huge)];
+pub const CASES: &[Case] = &[case("open", open), case("open-not-a-file", not_a_file)];
+/// For files in the page cache addresses are up to their file system.
+pub const DAX: &[Case] = &[case("open-huge", huge)];
 pub const REFUSED: &[Case] = &[case("refused", refused), case("refused-page-cache", accepted)];
 
 fn open(place: &Place) -> Outcome<Verdict> {
@@ -21,6 +22,10 @@ fn open(place: &Place) -> Outcome<Verdict> {
     let again = DaxOptions::new().tables(&place.tables).page_cache(true).open(place.path("file"))?;
     ensure!(again.access() == file.access(), "accepting the page cache makes it {:?}", again.access());
     ensure!(file.users().len() == 1, "one process is {} users", file.users().len());
+    // With nothing but defaults.
+    let plain = DaxFile::create(place.path("plain"))?;
+    plain.append(b"plain")?;
+    ensure!(DaxFile::open(place.path("plain"))?.len()? == 5, "it is another file");
     PASSED
 }
 
