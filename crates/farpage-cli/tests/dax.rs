@@ -356,3 +356,34 @@ fn bad_input_is_one_sentence() {
     let (code, text) = refusal(Command::new(FARPAGE).args(["dax", "ls", "/nonexistent"]));
     assert!(code == 125 && text.contains("cannot open /nonexistent"), "{text}");
 }
+
+#[test]
+fn the_benchmark_measures_both_sides_and_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = |args: &[&str]| {
+        let mut command = Command::new(FARPAGE);
+        command.args(["bench", "dax", "--dir"]).arg(dir.path()).args(args).stdin(Stdio::null());
+        command
+    };
+    let out = ok(&mut bench(&["--page-cache", "--json", "--rounds", "1"]));
+    let report: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let rows = report["results"].as_array().unwrap();
+    assert!(rows.len() > 10);
+    for row in rows {
+        let times = [&row["bare_us"], &row["farpage_us"], &row["costs"]].map(|x| x.as_f64().unwrap_or(0.0));
+        let why = row["missing"].as_str().unwrap_or_default();
+        let hidden = why.contains("page cache") || why.contains("mlock");
+        assert!(times.iter().all(|time| *time > 0.0) || hidden, "{row}");
+    }
+    if report["machine"]["access"] == "page cache" {
+        let (code, text) = refusal(&mut bench(&[]));
+        assert!(code == 125 && text.contains("--page-cache"), "{text}");
+    }
+    let mut running = bench(&["--page-cache", "--rounds", "100000"]);
+    let running = running.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut running = Holder(running);
+    std::thread::sleep(Duration::from_millis(500));
+    running.signal(libc::SIGINT);
+    assert_eq!(running.wait().code(), Some(125));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "the file was not removed");
+}

@@ -195,6 +195,8 @@ fn pages_are_reached_in_place_and_what_is_written_there_counts() {
     for device in ["coherent:memfd:16M", "generic:memfd:16M", "mem:16M"] {
         let managed = Managed::new(32 * MIB, &[device, "ram:64M"]);
         let space = managed.space;
+        let below = filled(&managed, 2);
+        assert_eq!(space.migrate(below.range(), Target::Device(0)).unwrap().moved(), below.pages());
         let m = filled(&managed, 2);
         assert_eq!(space.migrate(m.part(0, 300), Target::Device(0)).unwrap().moved(), 300);
         assert_eq!(space.map_in_place(m.addr, m.addr + m.len, 0, RIGHTS), Ok(300));
@@ -205,11 +207,15 @@ fn pages_are_reached_in_place_and_what_is_written_there_counts() {
         let seed = |i: usize| if i < 300 && i.is_multiple_of(2) { 1000 + i as u64 } else { i as u64 };
         let right = || (0..m.pages()).all(|i| m.is(i, seed(i)));
         // It is on the device as long as it is mapped there.
-        assert_eq!((on(&m, 0), managed.used(0)), (300, 300));
+        assert_eq!((on(&m, 0), managed.used(0)), (300, 300 + below.pages()));
         assert_eq!(space.migrate(m.part(0, 300), Target::Device(0)).unwrap().there(), 300);
         assert_eq!(on(&m, 0), 300);
-        // Frames do not move beneath a mapping.
-        assert_eq!((space.shrink(0, 64).unwrap().moved, right()), (0, true));
+        // Frames do not move beneath a mapping, also where there is room below.
+        drop(below);
+        assert_eq!(managed.used(0), 300);
+        assert_eq!(space.shrink(0, 400).unwrap().moved, 0);
+        (0..300).step_by(2).for_each(|i| m.write(i, 1000 + i as u64));
+        assert!(right());
         space.shrink(0, 4096).unwrap();
         // To another device, and back to DRAM: by way of DRAM, with what was written.
         assert_eq!(space.migrate(m.part(0, 100), Target::Device(1)).unwrap().moved(), 100);
@@ -264,9 +270,14 @@ fn a_long_term_pin_moves_pages_out_of_coherent_memory() {
         assert_eq!(states.iter().filter(|p| here(p)).count(), if leaves { 100 } else { 4 });
         assert!((0..200).all(|i| m.is(i, 500 + i as u64)) && (200..256).all(|i| m.is(i, i as u64)));
         managed.assert_audit();
+        (0..100).for_each(|i| m.write(i, 9));
         // The owner can take his memory back, all of it, if nobody has pinned it there.
         let gone = space.remove_device(0, SHORT);
         assert_eq!(gone.is_ok(), leaves);
+        if !leaves {
+            assert_eq!((on(&m, 0), managed.used(0)), (96, 96), "what is pinned there");
+        }
+        (0..100).for_each(|i| m.write(i, 500 + i as u64));
         drop(long);
         if !leaves {
             space.remove_device(0, LONG).unwrap();
@@ -275,6 +286,31 @@ fn a_long_term_pin_moves_pages_out_of_coherent_memory() {
         drop(m);
         managed.assert_all_free();
     }
+}
+
+/// A page that is mapped in place and that nobody has touched there yet: the kernel does not say that it is present.
+#[test]
+fn what_a_call_holds_in_place_stays_there() {
+    let managed = Managed::new(16 * MIB, &["coherent:memfd:8M", "ram:16M"]);
+    let space = managed.space;
+    let m = filled(&managed, 1);
+    assert_eq!(space.migrate(m.range(), Target::Device(0)).unwrap().moved(), m.pages());
+    assert_eq!(space.map_in_place(m.addr, m.addr + m.len, 0, RIGHTS), Ok(m.pages()));
+    let hold = space.hold(m.at(3), m.at(5));
+    let error = space.remove_device(0, SHORT).unwrap_err().to_string();
+    assert!(error.starts_with("2 frames of coherent:memfd:8M are still held"), "{error}");
+    assert_eq!((on(&m, 0), on(&m, 1)), (2, 0));
+    let report = space.migrate(m.part(0, 8), Target::Device(1)).unwrap();
+    assert_eq!(
+        report.refused().collect::<Vec<_>>(),
+        [(m.at(3), Refusal::Pinned), (m.at(4), Refusal::Pinned)]
+    );
+    m.write(3, 33);
+    drop(hold);
+    space.remove_device(0, LONG).unwrap();
+    assert!((0..m.pages()).all(|i| m.is(i, if i == 3 { 33 } else { i as u64 })));
+    drop(m);
+    managed.assert_all_free();
 }
 
 #[test]

@@ -21,6 +21,7 @@ pub fn all() -> Vec<Check> {
     checks.extend([library(), seccomp(), io_uring()]);
     checks.extend([temporary_directory(), memory(), cgroup(), address_space(), huge_pages(), cpus()]);
     checks.push(own_memory());
+    checks.extend(super::dax::checks());
     checks.push(zram());
     checks
 }

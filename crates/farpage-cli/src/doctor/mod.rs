@@ -1,6 +1,7 @@
 //! `farpage doctor`: what this machine offers and lacks, one line each, with the remedy.
 
 mod checks;
+mod dax;
 
 use std::io::Write;
 

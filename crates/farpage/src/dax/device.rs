@@ -189,6 +189,9 @@ impl DaxDevice {
 
     /// Who uses the device, in all processes, and what they hold of it.
     pub fn users(&self) -> Vec<User> {
+        if !self.0.table.is_ours() {
+            return Vec::new(); // a forked child, which cannot say
+        }
         self.0.table.reap();
         self.0.table.users(&(0..Pfn::MAX))
     }
@@ -200,6 +203,9 @@ impl DaxDevice {
 
     /// Compares the count of every page with the references that are recorded. Empty: all is right.
     pub fn audit(&self) -> Vec<Difference> {
+        if !self.0.table.is_ours() {
+            return Vec::new(); // a forked child, which cannot say
+        }
         self.0.table.reap();
         self.0.table.differences()
     }
@@ -241,6 +247,9 @@ impl Device {
 
     fn pages_of(&self, range: &Range<u64>, align: u64) -> Result<Range<Pfn>, DaxError> {
         let bad = |what| DaxError::Range { start: range.start, end: range.end, what };
+        if !self.table.is_ours() {
+            return Err(DaxError::Closed { path: self.path.clone() });
+        }
         if range.start >= range.end {
             return Err(bad("is empty"));
         }

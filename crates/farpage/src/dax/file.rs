@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::fs::FallocateFlags;
@@ -97,9 +97,6 @@ impl Inner {
             closed: AtomicBool::new(false),
             revoked: AtomicU64::new(0),
         });
-        if inner.options.lease {
-            crate::sys::dax::mind_no_lease_break(inner.fd.as_fd());
-        }
         let mut files = inner.table.files.lock();
         files.retain(|file| file.strong_count() > 0);
         files.push(Arc::downgrade(&inner));
@@ -213,6 +210,7 @@ impl Inner {
 
     /// A pin for the length of a call.
     pub fn pin_bytes(self: &Arc<Self>, range: &Range<u64>) -> Result<DaxPin, DaxError> {
+        self.check_open()?;
         let pages = self.pages_of(range);
         // Beyond the end of the file, now or when the pages are pinned: what was there has been cut off.
         pages.and_then(|pages| DaxPin::new(self, pages, Pin::Short)).map_err(|e| match e {
@@ -340,6 +338,7 @@ impl DaxFile {
     /// # Errors
     /// [`DaxError::Range`] if the file has no such pages; see [`DaxError`].
     pub fn map(&self, range: Range<u64>) -> Result<DaxMapping, DaxError> {
+        self.0.check_open()?;
         if !range.start.is_multiple_of(PAGE_SIZE as u64) {
             return Err(self.0.bad_range(&range, "does not begin with a page"));
         }
@@ -352,6 +351,7 @@ impl DaxFile {
     /// [`DaxError::LongTerm`] unless the file was opened with [`DaxOptions::on_revoke`]; [`DaxError::Held`] if a change of
     /// these pages does not come to an end; see [`DaxError`].
     pub fn pin(&self, range: Range<u64>, pin: Pin) -> Result<DaxPin, DaxError> {
+        self.0.check_open()?;
         DaxPin::new(&self.0, self.0.pages_of(&range)?, pin)
     }
 
@@ -456,12 +456,18 @@ impl DaxFile {
 
     /// Who has the file open, in all processes, and what they hold of it.
     pub fn users(&self) -> Vec<User> {
+        if !self.0.table.is_ours() {
+            return Vec::new(); // a forked child, which cannot say
+        }
         self.0.table.reap();
         self.0.table.users(&(0..Pfn::MAX))
     }
 
     /// Compares the count of every page with the references that are recorded. Empty: all is right.
     pub fn audit(&self) -> Vec<Difference> {
+        if !self.0.table.is_ours() {
+            return Vec::new(); // a forked child, which cannot say
+        }
         self.0.table.reap();
         self.0.table.differences()
     }
@@ -473,6 +479,9 @@ impl DaxFile {
     /// They were not given up in time; the file comes back, usable.
     pub fn close(self, wait: &Wait<'_>) -> Result<(), CloseError> {
         let inner = &self.0;
+        if !inner.table.is_ours() {
+            return Ok(()); // a forked child: nothing was made through it
+        }
         inner.closed.store(true, Ordering::Release);
         let deadline = after(Instant::now(), wait.timeout);
         loop {
@@ -494,12 +503,6 @@ impl DaxFile {
                 return Err(CloseError { file: self, error });
             }
         }
-    }
-
-    /// For those who keep a weak handle.
-    #[allow(dead_code, reason = "for tests of leaks")]
-    pub(super) fn downgrade(&self) -> Weak<Inner> {
-        Arc::downgrade(&self.0)
     }
 
     /// How long this handle waits.

@@ -9,13 +9,14 @@ use rustix::fd::BorrowedFd;
 
 use super::error::TableError;
 use super::table::HEAD;
-use crate::sys::{Mutex, SharedArea, SharedMap};
+use crate::sys::{ForkMutex, SharedArea, SharedMap, pid};
 
 /// Tables that a process can have at once.
 const MAX: usize = 1024;
 
 static PLACES: [OnceLock<SharedMap>; MAX] = [const { OnceLock::new() }; MAX];
-static TAKEN: Mutex<[bool; MAX]> = Mutex::new([false; MAX]);
+/// A forked child has no table of its own at first, and uses none of its parent's.
+static TAKEN: ForkMutex<[bool; MAX]> = ForkMutex::new([false; MAX], || [false; MAX]);
 
 /// One of them, to look at.
 #[derive(Debug, Clone, Copy)]
@@ -26,7 +27,10 @@ pub struct Head {
 
 /// One of them, of one table; afterwards zeros are there, until it is another's.
 #[derive(Debug)]
-pub struct OwnHead(Head);
+pub struct OwnHead {
+    head: Head,
+    pid: u32,
+}
 
 impl Head {
     /// The place of this number, for the signal handler, who has found it in a mapping's record.
@@ -69,7 +73,7 @@ impl OwnHead {
             }
         };
         taken[number] = true;
-        Ok(Self(Head { number, place }))
+        Ok(Self { head: Head { number, place }, pid: pid() })
     }
 }
 
@@ -77,15 +81,17 @@ impl Deref for OwnHead {
     type Target = Head;
 
     fn deref(&self) -> &Head {
-        &self.0
+        &self.head
     }
 }
 
 impl Drop for OwnHead {
     fn drop(&mut self) {
+        // In a forked child the place may be another's by now.
+        let ours = self.pid == pid();
         // If that fails it stays taken: nobody is harmed by an old table's page.
-        if self.0.place.replace(None).is_ok() {
-            TAKEN.lock()[self.0.number] = false;
+        if ours && self.head.place.replace(None).is_ok() {
+            TAKEN.lock()[self.head.number] = false;
         }
     }
 }

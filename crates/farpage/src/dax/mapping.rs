@@ -369,6 +369,7 @@ impl DaxMapping {
     /// As [`super::DaxFile::pin`]; [`DaxError::Cut`] if some of the pages are gone.
     pub fn pin(&self, range: Range<usize>, pin: Pin) -> Result<DaxPin, DaxError> {
         let part = self.part(range.start, range.len())?;
+        self.0.file.check_open()?;
         let pages = self.0.file.pages_of(&part)?;
         let mut pinned = DaxPin::new(&self.0.file, pages.clone(), pin)?;
         let table = &self.0.file.table;

@@ -22,7 +22,7 @@ use crate::device::memory::DeviceMemory;
 use crate::frame::cuts::{CUTS, Cuts};
 use crate::frame::{MAX_OWNER, Owner, Pfn};
 use crate::pagemap::{DriverId, MemoryType, Pagemap, PagemapOps, Registration};
-use crate::sys::{Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake};
+use crate::sys::{ForkMutex, Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake};
 
 /// Where tables are.
 pub const DIR: &str = "/dev/shm";
@@ -73,7 +73,8 @@ pub(super) const ROUND: Duration = Duration::from_millis(20);
 /// See the module's description. One a file and process.
 pub struct Table {
     path: PathBuf,
-    file: OwnedFd,
+    /// Closed under [`FILES`].
+    file: Option<OwnedFd>,
     head: OwnHead,
     lock: RobustLock,
     size_lock: RobustLock,
@@ -167,7 +168,13 @@ impl PagemapOps for TableOps {
     }
 }
 
-static TABLES: std::sync::Mutex<Vec<(PathBuf, u32, Weak<Table>)>> = std::sync::Mutex::new(Vec::new());
+/// The tables of this process; a forked child has none.
+static TABLES: ForkMutex<Vec<(PathBuf, Weak<Table>)>> = ForkMutex::new(Vec::new(), Vec::new);
+
+/// Held while this process opens, locks or closes a table's file. Such a file is locked by `fcntl`, whose locks are the
+/// process's: a forked child does not keep them, and they end with the process, but also when it closes any
+/// descriptor of the file.
+static FILES: ForkMutex<()> = ForkMutex::new((), || ());
 
 impl Table {
     /// The name of the table of the file with this identity ([`crate::sys::dax::file_identity`]).
@@ -185,20 +192,25 @@ impl Table {
         memory: Option<DeviceMemory>,
         looks: bool,
     ) -> Result<Arc<Self>, TableError> {
-        let pid = std::process::id();
-        let mut tables = TABLES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        tables.retain(|(_, of, table)| *of == pid && table.strong_count() > 0);
-        if let Some(table) = tables.iter().find(|(p, ..)| p == path).and_then(|(.., table)| table.upgrade()) {
+        let mut tables = TABLES.lock();
+        tables.retain(|(_, table)| table.strong_count() > 0);
+        if let Some(table) = tables.iter().find(|(p, _)| p == path).and_then(|(_, table)| table.upgrade()) {
             if !looks {
                 table.become_user();
             }
             return Ok(table);
         }
-        let table = Self::join(path, file, frames, memory)?;
+        let joining = {
+            let _files = FILES.lock();
+            Self::join(path, file, frames, memory)
+        };
+        let (table, started) = joining?;
+        started?;
+        table.reap();
         if !looks {
             table.become_user();
         }
-        tables.push((path.to_owned(), pid, Arc::downgrade(&table)));
+        tables.push((path.to_owned(), Arc::downgrade(&table)));
         Ok(table)
     }
 
@@ -207,9 +219,8 @@ impl Table {
         name: &Path,
         frames: u32,
         memory: Option<DeviceMemory>,
-    ) -> Result<Arc<Self>, TableError> {
+    ) -> Result<(Arc<Self>, Result<(), Errno>), TableError> {
         let file = open_locked(path)?;
-        let fail = |e: Errno| TableError::Sys(e);
         let mut size = rustix::fs::fstat(&file)?.st_size as usize;
         let head = OwnHead::map(file.as_fd())?;
         if size < HEAD + SLOTS || head.word(word::MAGIC) == 0 || !any_alive(&file, &head)? {
@@ -247,7 +258,7 @@ impl Table {
         let owner = claim(slots)?;
         let joined = Arc::new(Self {
             path: path.to_owned(),
-            file,
+            file: Some(file),
             lock: RobustLock::new(&head.words()[word::LOCK]),
             size_lock: RobustLock::new(&head.words()[word::SIZE_LOCK]),
             head,
@@ -261,13 +272,19 @@ impl Table {
             agent: OnceLock::new(),
         });
         let _first = table.set(Arc::downgrade(&joined));
-        let agent = super::agent::start(&joined, &slots.of(owner)[slot::LIFE]).map_err(fail)?;
-        let _first = joined.agent.set(agent);
-        // Release: who sees us live sees our life sign.
-        slots.of(owner)[slot::STATE].store(slot::LIVE, Ordering::Release);
-        rustix::fs::flock(&joined.file, FlockOperation::Unlock)?;
-        joined.reap();
-        Ok(joined)
+        // Still under the lock: a slot that forms without it is a dead one's.
+        let started = super::agent::start(&joined, &slots.of(owner)[slot::LIFE]).map(|agent| {
+            let _first = joined.agent.set(agent);
+            // Release: who sees us live sees our life sign.
+            slots.of(owner)[slot::STATE].store(slot::LIVE, Ordering::Release);
+        });
+        joined.unlock_file();
+        Ok((joined, started))
+    }
+
+    fn unlock_file(&self) {
+        // It is our lock, on an open file: that does not fail.
+        self.file.iter().for_each(|file| _ = rustix::fs::fcntl_lock(file, FlockOperation::Unlock));
     }
 
     /// From now on this process is a user of the file. If somebody has a lease, that is in its way.
@@ -429,16 +446,21 @@ impl Table {
 
 impl Drop for Table {
     fn drop(&mut self) {
+        let files = FILES.lock();
+        let file = self.file.take();
         if !self.is_ours() {
             return; // a forked child: nothing in it is its
         }
         // Only then nobody opens it and finds us, the last, half gone.
-        let locked = rustix::fs::flock(&self.file, FlockOperation::LockExclusive);
+        let locked =
+            file.as_ref().is_some_and(|f| rustix::fs::fcntl_lock(f, FlockOperation::LockExclusive).is_ok());
         self.slots.of(self.owner)[slot::STATE].store(0, Ordering::Release);
-        if locked.is_ok() && !self.slots.any_alive() {
+        if locked && !self.slots.any_alive() {
             // Whoever opens it now makes a new one. A table that stays is found to be nobody's.
             let _gone = rustix::fs::unlink(&self.path);
         }
+        drop(file);
+        drop(files);
         self.announce();
         if let Some(agent) = self.agent.take()
             && agent.thread().id() != std::thread::current().id()
@@ -472,7 +494,12 @@ fn open_locked(path: &Path) -> Result<OwnedFd, TableError> {
         if foreign(stat.st_uid) {
             return Err(TableError::Foreign(stat.st_uid));
         }
-        rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
+        loop {
+            match rustix::fs::fcntl_lock(&file, FlockOperation::LockExclusive) {
+                Err(Errno::INTR) => {}
+                locked => break locked?,
+            }
+        }
         // The last user may have removed it while we waited.
         if rustix::fs::fstat(&file)?.st_nlink > 0 {
             return Ok(file);

@@ -14,7 +14,7 @@ use super::heads::Head;
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
 use crate::frame::cuts::Phase;
-use crate::sys::{Mutex, futex_wait, futex_wake};
+use crate::sys::{ForkMutex, futex_wait, futex_wake, pid};
 
 /// Mappings that a process can have at once.
 const MAX: usize = 8192;
@@ -52,11 +52,14 @@ static RECORDS: [Record; MAX] = [const {
 }; MAX];
 /// Records from this one on were never used.
 static HIGH: AtomicUsize = AtomicUsize::new(0);
-static CHANGING: Mutex<()> = Mutex::new(());
+static CHANGING: ForkMutex<()> = ForkMutex::new((), || ());
 
 /// A mapping that the handler knows while this lives.
 #[derive(Debug)]
-pub struct Watched(usize);
+pub struct Watched {
+    record: usize,
+    pid: u32,
+}
 
 /// What a mapping is, for [`watch`].
 #[derive(Debug, Clone, Copy)]
@@ -82,11 +85,12 @@ pub struct Watch {
 pub fn watch(mapping: Watch) -> Result<Watched, TableError> {
     crate::sys::on_sigbus(resolve)?;
     let _changing = CHANGING.lock();
-    let free = |r: &Record| r.start.load(Ordering::Relaxed) == 0;
+    // In a forked child, also those of its parent.
+    let free = |r: &Record| r.start.load(Ordering::Relaxed) == 0 || r.pid.load(Ordering::Relaxed) != pid();
     let i = RECORDS.iter().position(free).ok_or(TableError::TooMany)?;
     RECORDS[i].set(mapping);
     HIGH.fetch_max(i + 1, Ordering::Release);
-    Ok(Watched(i))
+    Ok(Watched { record: i, pid: pid() })
 }
 
 /// The agent of this process has done what this event asks for, for mappings of the table with this head.
@@ -104,8 +108,11 @@ pub fn caught_up(head: usize, event: u32) {
 
 impl Drop for Watched {
     fn drop(&mut self) {
+        if self.pid != pid() {
+            return; // a forked child, where the record may be another mapping's by now
+        }
         let _changing = CHANGING.lock();
-        RECORDS[self.0].set(Watch { start: 0, len: 0, first: 0, head: usize::MAX, fd: -1, event: 0 });
+        RECORDS[self.record].set(Watch { start: 0, len: 0, first: 0, head: usize::MAX, fd: -1, event: 0 });
     }
 }
 
@@ -114,9 +121,10 @@ impl Record {
     fn set(&self, mapping: Watch) {
         // Odd first, even last, each a full fence for the words in between: a reader who sees one even version twice has
         // read the words of one mapping.
-        self.version.fetch_add(1, Ordering::SeqCst);
+        // (A parent's thread may have left it odd.)
+        self.version.fetch_or(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
-        self.pid.store(crate::sys::pid(), Ordering::Relaxed);
+        self.pid.store(pid(), Ordering::Relaxed);
         self.start.store(mapping.start, Ordering::Relaxed);
         self.len.store(mapping.len, Ordering::Relaxed);
         self.first.store(mapping.first, Ordering::Relaxed);
@@ -136,7 +144,7 @@ impl Record {
             fd: self.fd.load(Ordering::Relaxed),
             event: 0,
         };
-        let ours = self.pid.load(Ordering::Relaxed) == crate::sys::pid();
+        let ours = self.pid.load(Ordering::Relaxed) == pid();
         fence(Ordering::SeqCst);
         let same = before.is_multiple_of(2) && self.version.load(Ordering::SeqCst) == before;
         (same && ours && mapping.start != 0).then_some(mapping)

@@ -219,14 +219,8 @@ pub enum Lease {
     Write,
 }
 
-/// A break of a lease of this file is announced by a signal that nobody minds (SIGURG); the default, SIGIO, would end the
-/// process. Before [`set_lease`].
-pub fn mind_no_lease_break(fd: BorrowedFd<'_>) {
-    // SAFETY: the call takes numbers only. It does not fail on a file that is open.
-    unsafe { libc::fcntl(fd.as_raw_fd(), F_SETSIG, libc::SIGURG) };
-}
-
-/// Takes or gives back a lease of the file (`F_SETLEASE`).
+/// Takes or gives back a lease of the file (`F_SETLEASE`). A break is announced by a signal that nobody minds (SIGURG); the
+/// default, SIGIO, would end the process.
 ///
 /// # Errors
 /// The file is open elsewhere (EAGAIN), is not ours (EACCES), or the file system has no leases.
@@ -235,8 +229,13 @@ pub fn set_lease(fd: BorrowedFd<'_>, lease: Lease) -> Result<(), Errno> {
         Lease::None => libc::F_UNLCK,
         Lease::Write => libc::F_WRLCK,
     };
-    // SAFETY: the call takes numbers only.
-    let r = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETLEASE, kind) };
+    // SAFETY: both calls take numbers only. Each time: giving a lease back makes the kernel forget the signal.
+    let r = unsafe {
+        if lease == Lease::Write && libc::fcntl(fd.as_raw_fd(), F_SETSIG, libc::SIGURG) != 0 {
+            return Err(last_error());
+        }
+        libc::fcntl(fd.as_raw_fd(), libc::F_SETLEASE, kind)
+    };
     if r == 0 { Ok(()) } else { Err(last_error()) }
 }
 

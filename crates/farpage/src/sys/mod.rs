@@ -4,6 +4,7 @@
 //! wrappers, and the manager's own mappings must not come back to it.
 
 pub mod dax;
+mod fork_mutex;
 mod futex;
 pub(crate) mod in_place;
 mod ioctl;
@@ -26,6 +27,7 @@ mod stop;
 mod stream;
 pub mod uffd;
 
+pub use fork_mutex::ForkMutex;
 pub use futex::{futex_wait, futex_wait_any, futex_wake};
 pub use lock::{Locked, Peers, RobustLock};
 pub use mappings::{Mapping, Mappings};

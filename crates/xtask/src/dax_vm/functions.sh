@@ -140,34 +140,18 @@ prepare() {
         told_mounted "$5"
 }
 
-# tell_suite FS OPTIONS: what the test program may want to know, see docs/dax-vm.md.
-tell_suite() {
-    export FARPAGE_SUITE_FS="$1" FARPAGE_SUITE_OPTIONS="$2"
-    export FARPAGE_SUITE_DEVICE="$(readlink -f /dev/main)" FARPAGE_SUITE_SMALL=/mnt/small
-}
-
-# small_options FS: a file system so small that mkfs.xfs has to be told that it is only for tests.
-small_options() {
-    if [ "$1" = xfs ]; then echo "$2 --unsupported"; else echo "$2"; fi
-}
-
-# after FS: both file systems can be unmounted and are consistent.
-after() {
-    for memory in main small; do
-        try "unmount $memory" unmounted "$memory" && try "check $memory" check_fs "$1" $memory
-    done
-}
-
-# file_system FS MKFS-OPTIONS MOUNT-OPTIONS EXPECT: runs the suite on a file system in /mnt/main, with a small one of the
-# same kind in /mnt/small. EXPECT says what farpage is to make of its files: dax, page-cache or refused.
+# file_system FS MKFS-OPTIONS MOUNT-OPTIONS EXPECT: runs the suite on a file system in /mnt/main. EXPECT says what farpage
+# is to make of its files: dax, page-cache or refused. Afterwards it can be unmounted and is consistent.
 file_system() {
-    if prepare "$1" main "$2" "$3" /mnt/main && prepare "$1" small "$(small_options "$1" "$2")" "$3" /mnt/small; then
-        tell_suite "$1" "$3"
+    if prepare "$1" main "$2" "$3" /mnt/main; then
         run_suite run --dir /mnt/main --expect "$4" --seconds "$seconds"
         [ "$4" = refused ] || over_remount "$1" "$3" "$4"
     fi
-    after "$1"
+    try "unmount main" unmounted main && try "check main" check_fs "$1" main
 }
+
+# briefly COMMAND...: for what is tried on every machine as well.
+briefly() { (seconds=1 && "$@"); }
 
 # over_remount FS MOUNT-OPTIONS EXPECT: what is written before the main file system is unmounted is there afterwards.
 over_remount() {
@@ -206,7 +190,6 @@ fuse_server() {
         return
     fi
     if prepare ext4 main "-b 4096" dax=always /mnt/main; then
-        tell_suite ext4 dax=always
         run_suite fuse --dir /mnt/main --mount /mnt/fuse --seconds "$seconds"
     fi
     try "unmount fuse" unmounted fuse

@@ -5,7 +5,7 @@
 # `::` for the bench.
 
 export PATH=/sbin:/bin
-/bin/busybox mkdir -p /proc /sys /dev /tmp /run /mnt/main /mnt/small /mnt/fuse
+/bin/busybox mkdir -p /proc /sys /dev /tmp /run /mnt/main /mnt/fuse
 /bin/busybox mount -t proc proc /proc
 /bin/busybox --install -s /bin
 mount -t sysfs sysfs /sys
@@ -24,8 +24,8 @@ for module in /lib/modules/*.ko; do
 done
 
 if [ -e /etc/dax-vm/shell ]; then
-    fsdax main && fsdax small && devdax dev 2097152
-    echo "/dev/main and /dev/small can hold file systems, /dev/dev can be mapped; exit ends the machine."
+    fsdax main && devdax dev 2097152
+    echo "/dev/main can hold a file system, /dev/dev can be mapped; exit ends the machine."
     # With the functions at hand.
     ENV=/etc/dax-vm/functions setsid cttyhack sh
     poweroff -f

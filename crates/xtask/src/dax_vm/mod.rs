@@ -49,7 +49,7 @@ pub struct Args {
     #[arg(long, value_name = "SUITE")]
     kernel_from: Option<String>,
     /// Seconds for each test that goes on for a while, such as races.
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 2)]
     seconds: u32,
     /// How often the power is cut.
     #[arg(long, default_value_t = 2)]

@@ -1,6 +1,7 @@
 //! What came out of the cases.
 
 use std::collections::BTreeSet;
+use std::time::Instant;
 
 /// How a case ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,6 +78,7 @@ pub struct Boot<'a> {
     /// Scenarios that have not ended yet.
     waiting: BTreeSet<String>,
     scenario: String,
+    began: Instant,
     suite: Option<Suite>,
     done: bool,
 }
@@ -96,7 +98,14 @@ impl<'a> Boot<'a> {
     /// A boot in which these scenarios are run.
     pub fn new(results: &'a mut Results, scenarios: impl IntoIterator<Item = String>) -> Self {
         let waiting = scenarios.into_iter().collect();
-        Self { results, waiting, scenario: "boot".to_owned(), suite: None, done: false }
+        Self {
+            results,
+            waiting,
+            scenario: "boot".to_owned(),
+            began: Instant::now(),
+            suite: None,
+            done: false,
+        }
     }
 
     /// Takes a line that a program of the machine said.
@@ -129,8 +138,10 @@ impl<'a> Boot<'a> {
             "begin" => {
                 println!("\n--- {rest}");
                 self.scenario = rest.to_owned();
+                self.began = Instant::now();
             }
             "end" => {
+                println!("--- {rest}: {:.1} s", self.began.elapsed().as_secs_f32());
                 self.waiting.remove(rest);
                 self.scenario = "boot".to_owned();
             }

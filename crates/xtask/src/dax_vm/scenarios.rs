@@ -44,12 +44,12 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "ext4-nodax",
         about: "ext4 mounted with -o dax=never: the page cache is used",
-        kind: Script("file_system ext4 '-b 4096' dax=never page-cache"),
+        kind: Script("briefly file_system ext4 '-b 4096' dax=never page-cache"),
     },
     Scenario {
         name: "xfs-nodax",
         about: "xfs mounted with -o dax=never: the page cache is used",
-        kind: Script("file_system xfs '-m reflink=0' dax=never page-cache"),
+        kind: Script("briefly file_system xfs '-m reflink=0' dax=never page-cache"),
     },
     Scenario {
         name: "ext4-blocksize",
@@ -87,7 +87,7 @@ pub const SCENARIOS: &[Scenario] = &[
 /// The persistent memory for the scripts, by its name.
 pub fn nvdimms(folder: &Path) -> Vec<Nvdimm> {
     // A page of 1 GiB needs room for aligning it.
-    [("main", 512), ("small", 64), ("dev", 256), ("dev-4k", 64), ("dev-1g", 3 * 1024)]
+    [("main", 512), ("dev", 256), ("dev-4k", 64), ("dev-1g", 3 * 1024)]
         .map(|(name, mib)| Nvdimm::new(folder, name, mib * MIB))
         .into()
 }

@@ -18,6 +18,8 @@ pub enum Act {
     },
     /// Pins 2 MiB of a mapping that was touched before, and unpins them; bare, `mlock` and `munlock`.
     Pin,
+    /// Both: maps, pins, unpins, unmaps.
+    MapPin,
     /// Punches a hole where there is data.
     Punch(Range<u64>),
     /// The same while a page elsewhere is in use for a while: bare by the kernel, which waits for it; else by a pin.
@@ -46,7 +48,7 @@ pub struct Case {
     pub other: Option<OtherAct>,
     /// Ours may cost so many times what the bare call does.
     pub at_most: Option<f64>,
-    /// How often in a round.
+    /// How often on each side in a round.
     pub times: u32,
 }
 
@@ -73,11 +75,12 @@ pub fn all() -> Vec<Case> {
     let punch =
         |name, range: &Range<u64>, other, at_most| case(name, Act::Punch(range.clone()), other, at_most, 50);
     vec![
-        case("read 64M, mapped", Act::Read, None, Some(1.05), 2),
-        case("write 64M, mapped", Act::Write, None, Some(1.05), 2),
-        case("map + unmap 2M", Act::Map { touch: false }, None, Some(2.0), 50),
-        case("map + touch + unmap 2M", Act::Map { touch: true }, None, Some(2.0), 50),
-        case("pin + unpin 2M (mlock)", Act::Pin, None, Some(2.0), 50),
+        case("read 64M, mapped", Act::Read, None, Some(1.05), 3),
+        case("write 64M, mapped", Act::Write, None, Some(1.05), 3),
+        case("map + unmap 2M", Act::Map { touch: false }, None, Some(2.0), 20),
+        case("map + touch + unmap 2M", Act::Map { touch: true }, None, Some(2.0), 20),
+        case("pin + unpin 2M (mlock)", Act::Pin, None, Some(2.0), 20),
+        case("map + pin + unpin + unmap 2M", Act::MapPin, None, Some(2.0), 20),
         punch("punch 4K", &page, None, Some(1.5)),
         punch("punch 2M", &PART, None, Some(1.5)),
         punch("punch 4K, mapped elsewhere", &page, Some(MapsElsewhere), Some(1.5)),

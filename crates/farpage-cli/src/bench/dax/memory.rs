@@ -86,6 +86,11 @@ impl Mapped<'_> {
         }
     }
 
+    /// The first address.
+    pub fn addr(&self) -> usize {
+        self.bytes().0 as usize
+    }
+
     /// Copies all of it out, a buffer after the other.
     pub fn copy_out(&self, buffer: &mut [u8]) {
         let (start, len) = self.bytes();

@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering;
 use farpage::dax::{Access, DaxError, DaxFile, DaxOptions};
 
 use super::side::stop_flag;
+use super::stats::median;
 use super::{BenchError, proc};
 use case::Case;
 use report::{Report, Row};
@@ -39,6 +40,9 @@ pub struct Args {
     /// Measures on a file system without DAX: everything but the kernel's own waits means the same there.
     #[arg(long)]
     page_cache: bool,
+    /// Measures only acts whose name has this text.
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    only: String,
     /// Prints everything as JSON.
     #[arg(long)]
     json: bool,
@@ -63,7 +67,7 @@ pub fn run(args: &Args) -> Result<u8, BenchError> {
     fill(&dax, &plain)?;
     let mut work = Work::new(dax.clone(), plain);
     let mut rows: Vec<Row> = Vec::new();
-    for case in case::all() {
+    for case in case::all().into_iter().filter(|case| case.name.contains(&args.only)) {
         if case.needs_dax() && dax.access() == Access::PageCache {
             let why = "on the page cache the kernel waits for nobody: it needs a DAX file system";
             rows.push(Row::missing(case, why.into()));
@@ -86,25 +90,31 @@ pub fn run(args: &Args) -> Result<u8, BenchError> {
     Ok(0)
 }
 
-/// All rounds of a case: the bare side first, in every second round ours.
+/// All rounds of a case. In a round the sides take turns at each act: what disturbs the machine meets both. A round's time
+/// is the median of its acts.
 fn measure(work: &mut Work, case: Case, rounds: u32, stopped: &dyn Fn() -> bool) -> Result<Row, BenchError> {
     let mut row = Row::new(case);
     // A first round warms both sides up.
     for round in 0..=rounds {
-        let mut sides = [Side::Bare, Side::Farpage];
-        if !round.is_multiple_of(2) {
-            sides.reverse();
+        let (mut bare, mut ours) = (Vec::new(), Vec::new());
+        for i in 0..row.case.times {
+            let mut sides = [(Side::Bare, &mut bare), (Side::Farpage, &mut ours)];
+            if !(round + i).is_multiple_of(2) {
+                sides.reverse();
+            }
+            for (side, times) in sides {
+                if stopped() {
+                    return Err(BenchError::Stopped);
+                }
+                match work.time(side, &row.case) {
+                    Ok(time) => times.push(time.as_secs_f64() * 1e6),
+                    // Its own file system or limits: the other figures can be had all the same.
+                    Err(e) => return Ok(Row::missing(row.case, e.to_string())),
+                }
+            }
         }
-        for side in sides {
-            if stopped() {
-                return Err(BenchError::Stopped);
-            }
-            match work.time(side, &row.case) {
-                Ok(us) if round > 0 => row.add(side, us),
-                Ok(_) => {}
-                // Its own file system or limits: the other figures can be had all the same.
-                Err(e) => return Ok(Row::missing(row.case, e.to_string())),
-            }
+        if let (Some(bare), Some(ours), true) = (median(&bare), median(&ours), round > 0) {
+            row.add(bare, ours);
         }
     }
     Ok(row)

@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::case::Case;
-use super::work::Side;
 use crate::bench::report::align;
 use crate::bench::stats::{median, ratio};
 
@@ -50,12 +49,10 @@ impl Row {
         Self { missing: Some(why), ..Self::new(case) }
     }
 
-    /// One side of a round.
-    pub fn add(&mut self, side: Side, us: f64) {
-        match side {
-            Side::Bare => self.bare.push(us),
-            Side::Farpage => self.ours.push(us),
-        }
+    /// One round.
+    pub fn add(&mut self, bare: f64, ours: f64) {
+        self.bare.push(bare);
+        self.ours.push(ours);
     }
 
     /// Ours as a multiple of the bare side in each round.
@@ -151,8 +148,7 @@ mod tests {
         row.case.at_most = Some(1.5);
         assert_eq!((row.met(), row.cells()[5].as_str()), (None, "≤1.5× not measured"));
         for (bare, ours) in [(10.0, 14.0), (10.0, 90.0), (1000.0, 1100.0)] {
-            row.add(Side::Bare, bare);
-            row.add(Side::Farpage, ours);
+            row.add(bare, ours);
         }
         assert_eq!(row.met(), Some(true));
         assert_eq!(row.cells()[3..], ["1.40×", "1.10–9.00", "≤1.5× met"]);

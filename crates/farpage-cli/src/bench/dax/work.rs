@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use farpage::Pin;
@@ -20,6 +21,20 @@ use crate::bench::side::Running;
 
 /// For how long a page elsewhere is in use.
 const USE: Duration = Duration::from_millis(100);
+
+const MLOCK: &str = "mlock (see ulimit -l)";
+
+/// Does it when the page elsewhere was in use for long enough, in a thread that runs already.
+fn after_a_while<T: Send + 'static>(end: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    let (up, is_up) = std::sync::mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        let _who_waits = up.send(());
+        std::thread::sleep(USE);
+        end()
+    });
+    let _up = is_up.recv();
+    thread
+}
 
 /// Who does it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,30 +111,54 @@ impl Work {
         Self { dax, plain, sync, buffer: vec![0xa5; 1 << 20], data: None, part: None }
     }
 
-    /// Microseconds of one act, the mean of one round.
-    pub fn time(&mut self, side: Side, case: &Case) -> Result<f64, WorkError> {
-        let mut total = Duration::ZERO;
+    /// Does it once, and takes the time.
+    pub fn time(&mut self, side: Side, case: &Case) -> Result<Duration, WorkError> {
         self.prepare(case)?;
-        for _ in 0..case.times {
-            if let Some(range) = case.punched() {
-                self.refill(&range)?;
-            }
-            total += self.once(side, &case.act)?;
+        if let Some(range) = case.punched() {
+            self.refill(&range)?;
         }
-        Ok(total.as_secs_f64() * 1e6 / f64::from(case.times))
+        if case.other == Some(OtherAct::MapsIt) {
+            self.wait_until_mapped()?;
+        }
+        if let Some(map) = self.data(side) {
+            // The kernel takes write permission away when it writes pages back: a fault would be part of the time.
+            populate(map.addr(), DATA as usize, true).map_err(bare("madvise"))?;
+        }
+        self.once(side, &case.act)
+    }
+
+    /// The second process has its mapping again, which it gave up for the last punch.
+    fn wait_until_mapped(&self) -> Result<(), WorkError> {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !self.dax.users().iter().flat_map(|user| &user.holds).any(|hold| hold.range == PART) {
+            if Instant::now() > deadline {
+                return Err(bare("the second process")(io::Error::from(io::ErrorKind::TimedOut)));
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        Ok(())
+    }
+
+    /// The mapping of this side that is read and written.
+    fn data(&self, side: Side) -> Option<Mapped<'_>> {
+        let (bare, ours) = self.data.as_ref()?;
+        Some(if side == Side::Bare { Mapped::Bare(bare) } else { Mapped::Farpage(ours) })
     }
 
     fn once(&mut self, side: Side, act: &Act) -> Result<Duration, WorkError> {
         let began;
         match (act, side) {
             (Act::Read | Act::Write, side) => {
-                let Some((bare, ours)) = &self.data else { return Ok(Duration::ZERO) };
-                let map = if side == Side::Bare { Mapped::Bare(bare) } else { Mapped::Farpage(ours) };
+                let mut buffer = std::mem::take(&mut self.buffer);
                 began = Instant::now();
-                match act {
-                    Act::Read => map.copy_out(&mut self.buffer),
-                    _ => map.copy_in(&self.buffer),
+                match (act, self.data(side)) {
+                    (Act::Read, Some(map)) => map.copy_out(&mut buffer),
+                    (_, Some(map)) => map.copy_in(&buffer),
+                    (_, None) => {}
                 }
+                let took = began.elapsed();
+                self.buffer = buffer;
+                return Ok(took);
             }
             (Act::Map { touch }, Side::Bare) => {
                 began = Instant::now();
@@ -139,9 +178,19 @@ impl Work {
                 let Some((theirs, ours)) = &self.part else { return Ok(Duration::ZERO) };
                 began = Instant::now();
                 match side {
-                    Side::Bare => theirs.lock_and_unlock().map_err(bare("mlock (see ulimit -l)"))?,
+                    Side::Bare => theirs.lock_and_unlock().map_err(bare(MLOCK))?,
                     Side::Farpage => drop(ours.pin(0..ours.len(), Pin::Short)?),
                 }
+            }
+            (Act::MapPin, Side::Bare) => {
+                began = Instant::now();
+                let map = Bare::map(&self.plain, &PART, self.sync).map_err(bare("mmap"))?;
+                map.lock_and_unlock().map_err(bare(MLOCK))?;
+            }
+            (Act::MapPin, Side::Farpage) => {
+                began = Instant::now();
+                let map = self.dax.map(PART)?;
+                drop(map.pin(0..map.len(), Pin::Short)?);
             }
             (Act::Punch(range), side) => {
                 began = Instant::now();
@@ -152,29 +201,19 @@ impl Work {
                 let map = Bare::map(&self.plain, &page, self.sync).map_err(bare("mmap"))?;
                 let (mut reader, writer) = io::pipe().map_err(bare("pipe"))?;
                 map.splice_into(&writer).map_err(bare("vmsplice"))?;
+                let user = after_a_while(move || reader.read_exact(&mut [0; farpage::PAGE_SIZE]));
                 began = Instant::now();
-                return std::thread::scope(|scope| {
-                    let used = scope.spawn(move || {
-                        std::thread::sleep(USE);
-                        reader.read_exact(&mut [0; farpage::PAGE_SIZE])
-                    });
-                    let punched = self.punch(Side::Bare, range).map(|()| began.elapsed());
-                    if let Ok(read) = used.join() {
-                        read.map_err(bare("read from the pipe"))?;
-                    }
-                    punched
-                });
+                let punched = self.punch(Side::Bare, range).map(|()| began.elapsed());
+                user.join().unwrap_or(Ok(())).map_err(bare("read from the pipe"))?;
+                return punched;
             }
             (Act::PunchBeside(range), Side::Farpage) => {
                 let pin = self.dax.pin(ELSEWHERE.start..ELSEWHERE.start + 1, Pin::Short)?;
+                let user = after_a_while(move || drop(pin));
                 began = Instant::now();
-                return std::thread::scope(|scope| {
-                    scope.spawn(move || {
-                        std::thread::sleep(USE);
-                        drop(pin);
-                    });
-                    self.punch(Side::Farpage, range).map(|()| began.elapsed())
-                });
+                let punched = self.punch(Side::Farpage, range).map(|()| began.elapsed());
+                let _ended = user.join();
+                return punched;
             }
         }
         Ok(began.elapsed())
