@@ -96,7 +96,7 @@ impl Bench {
                 }
             };
             // The log is for people; a full disk shows in what matters.
-            let _ = writeln!(said_log, "{line}");
+            let _ = writeln!(said_log, "[{:8.3}] {line}", began.elapsed().as_secs_f32());
             if let Some(line) = line.strip_prefix("::power ") {
                 return told(line);
             }

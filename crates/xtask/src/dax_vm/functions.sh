@@ -150,6 +150,9 @@ file_system() {
     try "unmount main" unmounted main && try "check main" check_fs "$1" main
 }
 
+# briefly COMMAND...: for what is tried on every machine as well.
+briefly() { (seconds=1 && "$@"); }
+
 # over_remount FS MOUNT-OPTIONS EXPECT: what is written before the main file system is unmounted is there afterwards.
 over_remount() {
     mounted main || try "mount main -t $1 -o $2" mount_fs "$1" main "$2" /mnt/main || return

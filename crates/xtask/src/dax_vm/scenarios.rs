@@ -44,12 +44,12 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "ext4-nodax",
         about: "ext4 mounted with -o dax=never: the page cache is used",
-        kind: Script("file_system ext4 '-b 4096' dax=never page-cache"),
+        kind: Script("briefly file_system ext4 '-b 4096' dax=never page-cache"),
     },
     Scenario {
         name: "xfs-nodax",
         about: "xfs mounted with -o dax=never: the page cache is used",
-        kind: Script("file_system xfs '-m reflink=0' dax=never page-cache"),
+        kind: Script("briefly file_system xfs '-m reflink=0' dax=never page-cache"),
     },
     Scenario {
         name: "ext4-blocksize",

@@ -1,7 +1,8 @@
 //! Records that were said to be durable are there when the power comes back.
 //!
-//! `write` says the number of each record once it is flushed; whoever runs it cuts the power at some moment, and gives
-//! `check` the last number that it has heard. Two files: one is written through a mapping, the other one is appended to.
+//! `write` says the number of each record once it is flushed; whoever runs it cuts the power at some moment, and
+//! gives `check` the last number that it has heard. Two files: one is written through a mapping, the other one is
+//! appended to.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -122,7 +123,7 @@ fn check(dir: &Path, acked: &[u64], page_cache: bool) -> Outcome {
     Ok(())
 }
 
-/// How many records were looked at, and the newest one that is there, which may be newer than the last one that was heard of.
+/// How many records were looked at, and the newest one that is there: it may be newer than the last one heard of.
 fn check_mapped(dir: &Path, last: u64, page_cache: bool) -> Outcome<(u64, u64)> {
     let mapped = open(dir, "power-mapped", page_cache)?;
     ensure!(mapped.len()? == ROOM * PAGE, "the mapped file has {} bytes", mapped.len()?);

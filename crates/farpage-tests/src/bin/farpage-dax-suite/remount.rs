@@ -1,4 +1,4 @@
-//! What is flushed is there after the file system was unmounted and mounted again. Who runs the suite does that in between.
+//! What is flushed is there after the file system was unmounted and mounted again. Who runs the suite does that.
 
 use std::process::ExitCode;
 

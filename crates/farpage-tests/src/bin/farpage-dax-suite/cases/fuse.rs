@@ -84,7 +84,8 @@ fn read_write(served: &Served<'_>) -> Outcome {
     Ok(())
 }
 
-/// A truncate and a hole punch through the mount wait for a pin that another process holds of the file behind; reads go on.
+/// Truncates and hole punches through the mount wait for a pin that another process holds of the file behind; reads
+/// go on.
 fn waits(served: &Served<'_>) -> Outcome {
     type Act = fn(&File) -> Result<(), Errno>;
     let acts: [(&str, Act); 4] = [

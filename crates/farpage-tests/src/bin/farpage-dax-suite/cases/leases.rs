@@ -29,7 +29,7 @@ fn revoke(place: &Place) -> Outcome<Verdict> {
     ensure!(peer.ask("asked")? == "[]", "asked for what is not in the way");
     file.change(Change::PunchHole(pages::bytes(6..10)), &long())?;
     let asked = peer.ask("asked")?;
-    ensure!(asked == format!("{:?}", [6 * PAGE..8 * PAGE]), "asked for {asked}");
+    ensure!(asked == format!("[{:?}]", 6 * PAGE..8 * PAGE), "asked for {asked}");
     // Once more, by another one's cut; and one who holds on is named.
     peer.ask("long-pin 0 4")?;
     let mut third = Peer::with_file(place)?;
