@@ -454,6 +454,26 @@ fn a_crash_while_the_last_hold_goes() {
     );
 }
 
+/// Two frames in one step, and back one by one, all of which another hold of the same owner has as well.
+#[test]
+fn a_crash_while_a_batch_moves_over_another() {
+    crashes(
+        |w| {
+            assert_eq!((w.alloc(2), w.alloc(2)), (Some(0), Some(1)));
+            let place = w.ledger.begin(1, HolderKind::Pin, 0).unwrap();
+            assert_eq!(w.grow(place, 2), 2);
+        },
+        |w| {
+            let place = w.ledger.begin(1, HolderKind::Mapping, 0).unwrap();
+            assert_eq!(w.grow(place, 2), 2);
+            assert_eq!((w.shrink(place, 1), w.shrink(place, 1)), (1, 1));
+            w.ledger.end(place);
+        },
+        |_| {},
+        |w| assert_eq!((w.table.count(0), w.table.count(1), w.ledger.iter().count()), (1, 1, 0)),
+    );
+}
+
 /// Two frames of fixed places in one step, while another takes and drops one of them; the reaper goes on in the dead's
 /// name, and can be killed himself.
 #[test]
