@@ -17,6 +17,7 @@ use super::error::TableError;
 use super::file::Inner;
 use super::heads::{Head, OwnHead};
 use super::mapping::Mapped;
+use super::refs::frames_of;
 use crate::PAGE_SIZE;
 use crate::device::memory::DeviceMemory;
 use crate::frame::cuts::{CUTS, Cuts};
@@ -35,7 +36,7 @@ const MAGIC: u32 = 0xfa5d_0001;
 /// Words of the head.
 mod word {
     pub const MAGIC: usize = 0;
-    pub const FRAMES: usize = 1;
+    pub const PAGES: usize = 1;
     pub const LOCK: usize = 2;
     pub const EVENT: usize = 3;
     pub const SIZE_LOCK: usize = 4;
@@ -81,6 +82,7 @@ pub struct Table {
     slots: Slots,
     body: SharedMap,
     pagemap: Pagemap,
+    pages: u32,
     owner: Owner,
     pid: u32,
     /// Mappings of this process.
@@ -183,7 +185,7 @@ impl Table {
     }
 
     /// This process's table of that name: the one it has, or one that it joins or makes, with counts for at least
-    /// `frames` pages if nobody else uses it yet. `file` is for people. `looks`: only to see who uses it, which makes
+    /// `frames` pages (of a file: a multiple of [`TABLE_ALIGN`](super::refs::TABLE_ALIGN)) if nobody else uses it yet. `file` is for people. `looks`: only to see who uses it, which makes
     /// nobody a user.
     pub(super) fn attach(
         path: &Path,
@@ -226,16 +228,18 @@ impl Table {
         if size < HEAD + SLOTS || head.word(word::MAGIC) == 0 || !any_alive(&file, &head)? {
             // Nobody's: whatever is in it was left by the dead.
             rustix::fs::ftruncate(&file, 0)?;
-            size = HEAD + SLOTS + Pagemap::shared_len(frames);
+            size = HEAD + SLOTS + Pagemap::shared_len(frames_of(frames));
             rustix::fs::ftruncate(&file, size as u64)?;
             head.begin(name, frames);
         } else if head.word(word::MAGIC) != MAGIC {
             return Err(TableError::Version);
         }
-        let frames = head.word(word::FRAMES);
-        if size != HEAD + SLOTS + Pagemap::shared_len(frames) {
+        let pages = head.word(word::PAGES);
+        if size != HEAD + SLOTS + Pagemap::shared_len(frames_of(pages)) {
             return Err(TableError::Version);
         }
+        // A device's memory is handed out by the page.
+        let frames = if memory.is_some() { pages } else { frames_of(pages) };
         let create = head.word(word::MAGIC) == 0;
         let body = SharedMap::new(&file, HEAD as u64, size - HEAD)?;
         let table = Arc::new(OnceLock::new());
@@ -265,6 +269,7 @@ impl Table {
             slots,
             body,
             pagemap,
+            pages,
             owner,
             pid: std::process::id(),
             mappings: Mutex::new(Vec::new()),
@@ -320,9 +325,14 @@ impl Table {
         &self.head
     }
 
-    /// Pages that can be counted.
+    /// Pages that can be counted; the frames of huge pages come behind theirs.
     pub(super) fn frames(&self) -> u32 {
-        self.pagemap.frames.len() as u32
+        self.pages
+    }
+
+    /// Whether huge pages have frames.
+    pub(super) fn has_huge(&self) -> bool {
+        self.pagemap.memory_type == MemoryType::FsDax
     }
 
     /// One at a time enters cuts, and cleans up.
@@ -543,13 +553,13 @@ impl Head {
         self.words()[i].load(Ordering::Acquire)
     }
 
-    fn begin(&self, file: &Path, frames: u32) {
+    fn begin(&self, file: &Path, pages: u32) {
         use std::os::unix::ffi::OsStrExt;
         let name = file.as_os_str().as_bytes();
         let name = &name[..name.len().min(PATH.len())];
         self.area().write(PATH.start, name);
         self.words()[word::PATH_LEN].store(name.len() as u32, Ordering::Relaxed);
-        self.words()[word::FRAMES].store(frames, Ordering::Relaxed);
+        self.words()[word::PAGES].store(pages, Ordering::Relaxed);
     }
 
     /// All is in place.

@@ -75,8 +75,8 @@ pub fn all() -> Vec<Case> {
     let punch =
         |name, range: &Range<u64>, other, at_most| case(name, Act::Punch(range.clone()), other, at_most, 50);
     vec![
-        case("read 64M, mapped", Act::Read, None, Some(1.05), 3),
-        case("write 64M, mapped", Act::Write, None, Some(1.05), 3),
+        case("read 64M, mapped", Act::Read, None, Some(1.05), 5),
+        case("write 64M, mapped", Act::Write, None, Some(1.05), 5),
         case("map + unmap 2M", Act::Map { touch: false }, None, Some(2.0), 20),
         case("map + touch + unmap 2M", Act::Map { touch: true }, None, Some(2.0), 20),
         case("pin + unpin 2M (mlock)", Act::Pin, None, Some(2.0), 20),

@@ -95,12 +95,18 @@ impl Row {
             Some(self.case.name.to_owned()),
             time(&self.bare),
             time(&self.ours),
-            self.costs().map(|costs| format!("{costs:.2}×")),
-            (!rounds.is_empty()).then(|| format!("{low:.2}–{high:.2}")),
+            self.costs().map(times),
+            (!rounds.is_empty()).then(|| format!("{}–{}", times(low), times(high))),
             required,
         ];
         cells.into_iter().map(|cell| cell.unwrap_or_else(|| "–".into())).collect()
     }
+}
+
+/// A multiple, to two digits behind the point or at least one that is not 0.
+fn times(costs: f64) -> String {
+    let digits = if costs >= 0.1 || costs <= 0.0 { 2 } else { (1.0 - costs.log10()) as usize };
+    format!("{costs:.digits$}×")
 }
 
 impl Report {
@@ -151,7 +157,9 @@ mod tests {
             row.add(bare, ours);
         }
         assert_eq!(row.met(), Some(true));
-        assert_eq!(row.cells()[3..], ["1.40×", "1.10–9.00", "≤1.5× met"]);
+        assert_eq!(row.cells()[3..], ["1.40×", "1.10×–9.00×", "≤1.5× met"]);
+        assert_eq!(times(0.0034), "0.003×");
+        assert_eq!(times(0.1), "0.10×");
         row.case.at_most = Some(1.3);
         assert_eq!(row.cells()[5], "≤1.3× MISSED");
     }
