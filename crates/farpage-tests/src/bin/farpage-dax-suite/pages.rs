@@ -10,7 +10,8 @@ use crate::{Outcome, ensure};
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
 const WORDS: usize = PAGE as usize / 8;
-const MARK: u64 = 0x6661_7270_6167_6521;
+/// The first word of each.
+pub const MARK: u64 = 0x6661_7270_6167_6521;
 
 /// What a page holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -68,6 +68,15 @@ pub fn race(place: &Place, kind: &str, seed: u64) -> Outcome<String> {
             "read" => pages += read(&file, &mut rng)?,
             "cut" => cut(&file, &mut rng)?,
             "map" => pages += map(&file, &mut rng)?,
+            "touch" => pages += touch(&file, &mut rng)?,
+            "punch" => {
+                let start = rng.below(FIRM);
+                let holes = start..start + 1 + rng.below(FIRM - start);
+                file.punch_hole(pages::bytes(holes.clone()))?;
+                pages::write(&file, holes, 1)?;
+                // What is beyond comes and goes.
+                file.truncate((FIRM + rng.below(8)) * PAGE)?;
+            }
             "truncate" => {
                 file.truncate(rng.below(ALL) * PAGE)?;
                 file.truncate(ALL * PAGE)?;
@@ -77,7 +86,7 @@ pub fn race(place: &Place, kind: &str, seed: u64) -> Outcome<String> {
         }
         done += 1;
     }
-    if matches!(kind, "read" | "map") {
+    if matches!(kind, "read" | "map" | "touch") {
         ensure!(pages > 0, "in {done} rounds no page was seen");
     }
     Ok(format!("{done}"))
@@ -131,6 +140,28 @@ fn cut(file: &DaxFile, rng: &mut Rng) -> Outcome {
         }
         file.append(&pages::fill(len / PAGE, generation))?;
     }
+}
+
+/// Plain loads and stores, without a pin, of pages that are always there, though they are cut and come back: none
+/// raises SIGBUS, and none reaches another page.
+fn touch(file: &DaxFile, rng: &mut Rng) -> Outcome<u64> {
+    const TOUCHES: u64 = 2000;
+    const SCRATCH: usize = PAGE as usize - 8;
+    let map = file.map(0..FIRM * PAGE)?;
+    for i in 0..TOUCHES {
+        let page = rng.below(FIRM);
+        // SAFETY: inside the mapping.
+        let (mark, number) = unsafe {
+            let at = map.as_ptr().add((page * PAGE) as usize);
+            if i % 4 == 0 {
+                at.add(SCRATCH).cast::<u64>().write_volatile(i);
+            }
+            (at.cast::<u64>().read_volatile(), at.cast::<u64>().add(1).read_volatile())
+        };
+        ensure!(mark == 0 || mark == pages::MARK, "page {page} begins with {mark:#x}");
+        ensure!(number == 0 || number == page, "page {number} lies at {page}");
+    }
+    Ok(TOUCHES)
 }
 
 /// Maps what is there, and reads it through the mapping: never SIGBUS, never another page's bytes.

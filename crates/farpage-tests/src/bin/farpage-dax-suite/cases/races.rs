@@ -14,6 +14,7 @@ use crate::{Outcome, ensure, pages};
 pub const CASES: &[Case] = &[
     case("cut-and-grow-against-readers", |place| race(place, &["cut", "read", "read", "map"])),
     case("truncate-against-map", |place| race(place, &["truncate", "map"])),
+    case("punch-against-touch", |place| race(place, &["punch", "touch", "touch"])),
     case("two-who-cut", |place| race(place, &["truncate", "truncate"])),
     case("open-and-close-by-20", twenty),
     case("open-at-once", at_once),
