@@ -17,7 +17,7 @@ fn file(pages: u64) -> (tempfile::TempDir, DaxFile) {
     let dir = tempfile::tempdir().unwrap();
     let options = DaxOptions::new().page_cache(true).tables(dir.path()).wait(Duration::from_secs(5));
     let file = options.create(dir.path().join("file")).unwrap();
-    let bytes: Vec<u8> = (0..pages * PAGE).map(|i| (i / PAGE) as u8 + 1).collect();
+    let bytes: Vec<u8> = (0..pages * PAGE).map(|i| ((i / PAGE) as u8).wrapping_add(1)).collect();
     assert_eq!(file.write_at(&bytes, 0).unwrap(), bytes.len());
     (dir, file)
 }
@@ -247,12 +247,51 @@ fn handles_of_one_process_share_one_table() {
     assert_eq!(file.users().len(), 1);
 }
 
+/// Whole huge pages have one count, their pages have others: whoever holds either is in the way of who cuts either.
+#[test]
+fn huge_pages_and_their_pages() {
+    let (_dir, file) = file(2100);
+    let held = |file: &DaxFile| -> Vec<(u64, u64)> {
+        file.users()[0].holds.iter().map(|h| (h.range.start / PAGE, h.range.end / PAGE)).collect()
+    };
+    let map = file.map(10 * PAGE..2090 * PAGE).unwrap();
+    assert_eq!(held(&file), [(10, 2090)], "however many counts it takes");
+    // SAFETY: inside the mapping.
+    let at = |page: usize| unsafe { map.as_ptr().add((page - 10) * 4096).read_volatile() };
+
+    let huge = file.pin(512 * PAGE..1024 * PAGE, Pin::Short).unwrap();
+    for cut in [512..513, 600..700, 1023..1024, 0..2100] {
+        let error = file.change(Change::PunchHole(cut.start * PAGE..cut.end * PAGE), &soon()).unwrap_err();
+        assert!(error.to_string().contains("a pin of 0x"), "{error}");
+    }
+    file.change(Change::PunchHole(511 * PAGE..512 * PAGE), &soon()).unwrap();
+    file.change(Change::PunchHole(1024 * PAGE..1025 * PAGE), &soon()).unwrap();
+    drop(huge);
+    let small = file.pin(700 * PAGE..701 * PAGE, Pin::Short).unwrap();
+    assert!(file.change(Change::PunchHole(512 * PAGE..1024 * PAGE), &soon()).is_err());
+    file.change(Change::PunchHole(600 * PAGE..700 * PAGE), &soon()).unwrap();
+    drop(small);
+
+    file.change(Change::Truncate(1500 * PAGE), &soon()).unwrap();
+    assert_eq!((at(599), at(600), at(699), at(700)), (600u32 as u8, 0, 0, 701u32 as u8));
+    assert_eq!(held(&file), [(10, 1500)]);
+    file.change(Change::Truncate(2100 * PAGE), &soon()).unwrap();
+    assert_eq!((at(1499), at(1500)), (1500u32 as u8, 0));
+    drop(map);
+    assert!(held(&file).is_empty() && file.audit().is_empty());
+}
+
 /// Threads that touch, pin, map, cut and grow for a while; what a page holds is its number or zeros.
 #[test]
 fn everything_at_once() {
-    const PAGES: u64 = 128;
-    let (_dir, file) = file(PAGES);
-    let until = Instant::now() + Duration::from_secs(3);
+    for (pages, longest) in [(64, 16), (1400, 1200)] {
+        at_once(pages, longest);
+    }
+}
+
+fn at_once(pages: u64, longest: u64) {
+    let (_dir, file) = file(2 * pages + longest);
+    let until = Instant::now() + Duration::from_secs(2);
     let going = || Instant::now() < until;
     std::thread::scope(|scope| {
         for seed in 0..2u64 {
@@ -261,7 +300,7 @@ fn everything_at_once() {
                 let mut n = seed + 1;
                 while going() {
                     n = n.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                    let (page, len) = (n >> 33 & 63, 1 + (n >> 50 & 15));
+                    let (page, len) = ((n >> 33) % pages, 1 + (n >> 50) % longest);
                     let Ok(map) = file.map(page * PAGE..(page + len) * PAGE) else { continue };
                     let Ok(pin) = map.pin(0..map.len(), Pin::Short) else { continue };
                     for i in 0..len {
@@ -269,7 +308,7 @@ fn everything_at_once() {
                         let byte =
                             unsafe { pin.as_ptr().unwrap().add((i * PAGE) as usize + 100).read_volatile() };
                         assert!(
-                            byte == 0 || u64::from(byte) == page + i + 1,
+                            byte == 0 || byte == ((page + i) as u8).wrapping_add(1),
                             "page {} holds {byte}",
                             page + i
                         );
@@ -279,25 +318,26 @@ fn everything_at_once() {
         }
         let file = &file;
         scope.spawn(move || {
-            let map = file.map(0..64 * PAGE).unwrap();
+            let map = file.map(0..pages * PAGE).unwrap();
             let mut n = 1u64;
             while going() {
                 n = n.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                let page = n >> 33 & 63;
-                // SAFETY: the first 64 pages are punched and filled, but always there.
+                let page = (n >> 33) % pages;
+                // SAFETY: the first pages are punched and filled, but always there.
                 let byte = unsafe { map.as_ptr().add((page * PAGE) as usize + 100).read_volatile() };
-                assert!(byte == 0 || u64::from(byte) == page + 1, "page {page} holds {byte}");
+                assert!(byte == 0 || byte == (page as u8).wrapping_add(1), "page {page} holds {byte}");
             }
         });
         let mut n = 7u64;
         while going() {
             n = n.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            let (page, len) = (n >> 33 & 63, 1 + (n >> 50 & 7));
+            let (page, len) = ((n >> 33) % pages, 1 + (n >> 50) % (longest / 2));
             if n >> 60 < 2 {
-                file.truncate((64 + page) * PAGE).unwrap();
+                file.truncate((pages + page) * PAGE).unwrap();
             } else {
                 file.punch_hole(page * PAGE..(page + len) * PAGE).unwrap();
-                let bytes: Vec<u8> = (page..page + len).flat_map(|p| [p as u8 + 1; 4096]).collect();
+                let bytes: Vec<u8> =
+                    (page..page + len).flat_map(|p| [(p as u8).wrapping_add(1); 4096]).collect();
                 file.write_at(&bytes, page * PAGE).unwrap();
             }
         }

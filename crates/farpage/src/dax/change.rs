@@ -191,7 +191,7 @@ impl Under<'_> {
         let mut told = false;
         loop {
             let event = table.event();
-            if table.pagemap().frames.first_used(pages.start, pages.end).is_none() {
+            if !table.is_used(&pages) {
                 return Ok(());
             }
             if !self.unmapped && !table.is_pinned(&pages) {

@@ -219,7 +219,7 @@ impl DaxDevice {
         let deadline = after(Instant::now(), wait.timeout);
         loop {
             let event = table.event();
-            if table.pagemap().frames.first_used(0, table.frames()).is_none() {
+            if !table.is_used(&(0..table.frames())) {
                 return Ok(());
             }
             let (path, range) = (device.path.clone(), 0..device.is.size);

@@ -16,6 +16,7 @@ use super::lease::PinLease;
 use super::mapping::DaxMapping;
 use super::options::DaxOptions;
 use super::pin::DaxPin;
+use super::refs::Refs;
 use super::table::Table;
 use super::users::{Difference, User, bytes};
 use super::{Change, Wait};
@@ -23,7 +24,7 @@ use crate::PAGE_SIZE;
 use crate::frame::Pfn;
 use crate::frame::cuts::{Cut, Phase};
 use crate::frame::ledger::HolderKind;
-use crate::pagemap::{HoldError, Run};
+use crate::pagemap::HoldError;
 use crate::space::pin::Pin;
 
 /// How a file's pages are reached.
@@ -159,24 +160,20 @@ impl Inner {
     }
 
     /// References to pages, or the cut that is in their way.
-    pub fn try_run(&self, kind: HolderKind, pages: &Range<Pfn>) -> Result<Result<Run, Cut>, DaxError> {
+    pub fn try_take(&self, kind: HolderKind, pages: &Range<Pfn>) -> Result<Result<Refs, Cut>, DaxError> {
         self.check_open()?;
-        let map = self.table.pagemap();
-        let run = map
-            .begin_run(self.table.owner(), kind, pages.start, pages.len() as u32, true)
-            .map_err(|why| self.hold_error(why))?;
+        let refs = self.table.take(kind, pages).map_err(|why| self.hold_error(why))?;
         // Between the caller's look at the length and our references the file may have been cut.
         let result = match self.table.cuts().over(pages) {
             Some(cut) => Ok(Err(cut)),
             None => match self.pages() {
-                Ok(end) if end >= pages.end => return Ok(Ok(run)),
+                Ok(end) if end >= pages.end => return Ok(Ok(refs)),
                 Ok(_) => Err(self.bad_range(&bytes(pages), "goes beyond the end of the file")),
                 Err(e) => Err(e),
             },
         };
-        map.end_run(run);
         // A cutter may have seen ours.
-        self.table.announce_to_waiters();
+        self.give_back(refs);
         result
     }
 
@@ -203,8 +200,8 @@ impl Inner {
     }
 
     /// Gives references back, and says so to those who wait.
-    pub fn give_back(&self, run: Run) {
-        self.table.pagemap().end_run(run);
+    pub fn give_back(&self, refs: Refs) {
+        self.table.give(refs);
         self.table.announce_to_waiters();
     }
 
@@ -266,8 +263,8 @@ impl Inner {
         for cut in self.table.cuts().iter().filter(|cut| cut.phase == Phase::Pins) {
             let me = self.table.owner();
             let mine = self.table.pagemap().ledger.of(me).map(|(_, e)| e);
-            let mine = mine.filter(|e| e.kind == HolderKind::LongPin);
-            let parts = mine.map(|e| e.pfn.max(cut.pages.start)..(e.pfn + e.len).min(cut.pages.end));
+            let mine = mine.filter(|e| e.kind == HolderKind::LongPin).map(|e| self.table.pages_held(&e));
+            let parts = mine.map(|held| held.start.max(cut.pages.start)..held.end.min(cut.pages.end));
             let parts: Vec<Range<Pfn>> = parts.filter(|part| !part.is_empty()).collect();
             if !parts.is_empty() && self.revoked.swap(cut.id(), Ordering::Relaxed) != cut.id() {
                 parts.iter().for_each(|part| revoke(bytes(part)));

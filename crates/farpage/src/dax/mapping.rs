@@ -11,6 +11,7 @@ use super::change::after;
 use super::error::DaxError;
 use super::file::{Access, Inner};
 use super::pin::DaxPin;
+use super::refs::Refs;
 use super::table::Table;
 use super::touch::{self, Watch, Watched};
 use super::users::bytes;
@@ -18,12 +19,11 @@ use crate::PAGE_SIZE;
 use crate::frame::Pfn;
 use crate::frame::cuts::{Cut, Phase};
 use crate::frame::ledger::HolderKind;
-use crate::pagemap::Run;
 use crate::space::pin::Pin;
 use crate::sys::{self, Mutex, dax};
 
-/// Runs of a mapping that was cut often, before they are made one again.
-const MANY_RUNS: usize = 16;
+/// Parts of a mapping that was cut often, before they are made one again.
+const MANY_PARTS: usize = 16;
 
 /// A part of a DAX file in memory; each page of it has one reference for this mapping. A forked child does not inherit it.
 ///
@@ -51,7 +51,7 @@ pub(super) struct Mapped {
     addr: usize,
     pages: Range<Pfn>,
     /// What is mapped, in no order.
-    runs: Vec<Run>,
+    parts: Vec<Refs>,
     /// It lacks a part, and the table counts it among those that do.
     gap: bool,
 }
@@ -93,12 +93,12 @@ impl Mapped {
     }
 
     fn gaps(&self, cuts: &[Cut]) -> Vec<Range<Pfn>> {
-        let runs = self.runs.iter().map(|run| run.pfn()..run.end());
-        without(self.pages.clone(), runs.chain(cuts.iter().map(|cut| cut.pages.clone())))
+        let mapped = self.parts.iter().map(|part| part.pages().clone());
+        without(self.pages.clone(), mapped.chain(cuts.iter().map(|cut| cut.pages.clone())))
     }
 
     fn covers(&self, pages: &Range<Pfn>) -> bool {
-        without(pages.clone(), self.runs.iter().map(|run| run.pfn()..run.end())).is_empty()
+        without(pages.clone(), self.parts.iter().map(|part| part.pages().clone())).is_empty()
     }
 
     /// Gives up what is being cut, takes back what has been. True: somebody may be waiting for what it did.
@@ -114,34 +114,30 @@ impl Mapped {
     }
 
     fn give_up(&mut self, table: &Table, cut: &Range<Pfn>) -> bool {
-        let overlaps = |run: &Run| run.pfn() < cut.end && cut.start < run.end();
+        let overlaps = |part: &Refs| part.pages().start < cut.end && cut.start < part.pages().end;
         let mut gave = false;
-        while let Some(i) = self.runs.iter().position(overlaps) {
-            let (start, end) = (self.runs[i].pfn(), self.runs[i].end());
-            let part = start.max(cut.start)..end.min(cut.end);
+        while let Some(i) = self.parts.iter().position(overlaps) {
+            let pages = self.parts[i].pages().clone();
+            // References of their own for what stays. Where there are none to be had, the ledger is full: then that
+            // goes as well, and comes back with the rest.
+            let mut goes = pages.clone();
+            let (before, behind) =
+                (pages.start..cut.start.max(pages.start), cut.end.min(pages.end)..pages.end);
+            let take = |part: &Range<Pfn>| match part.is_empty() {
+                true => None,
+                false => table.take(HolderKind::Mapping, part).ok(),
+            };
+            let stay = [take(&before), take(&behind)];
+            goes.start = stay[0].as_ref().map_or(goes.start, |_| before.end);
+            goes.end = stay[1].as_ref().map_or(goes.end, |_| behind.start);
             // First out of reach, then without a reference.
-            if let Err(e) = dax::map_nothing_at(self.addr_of(part.start), part.len() * PAGE_SIZE) {
+            if let Err(e) = dax::map_nothing_at(self.addr_of(goes.start), goes.len() * PAGE_SIZE) {
                 sys::say(&format!("cannot unmap a part of {}: {e}", self.file.path.display()));
+                stay.into_iter().flatten().for_each(|refs| table.give(refs));
                 return gave;
             }
-            let map = table.pagemap();
-            if part.end < end {
-                match map.begin_run(table.owner(), HolderKind::Mapping, part.end, end - part.end, false) {
-                    Ok(tail) => self.runs.push(tail),
-                    // The ledger is full. It goes as well, and comes back with the rest.
-                    Err(_)
-                        if dax::map_nothing_at(
-                            self.addr_of(part.end),
-                            (end - part.end) as usize * PAGE_SIZE,
-                        )
-                        .is_ok() => {}
-                    Err(_) => return gave,
-                }
-            }
-            map.shrink_run(&mut self.runs[i], part.start - start);
-            if self.runs[i].is_empty() {
-                self.runs.swap_remove(i);
-            }
+            table.give(self.parts.swap_remove(i));
+            self.parts.extend(stay.into_iter().flatten());
             self.set_gap(table, true);
             gave = true;
         }
@@ -163,38 +159,31 @@ impl Mapped {
             if part.is_empty() {
                 continue;
             }
-            let len = part.len() as u32;
-            let Ok(run) =
-                table.pagemap().begin_run(table.owner(), HolderKind::Mapping, part.start, len, true)
-            else {
-                continue;
-            };
+            let Ok(refs) = table.take(HolderKind::Mapping, &part) else { continue };
             let there =
                 table.cuts().over(&part).is_none() && self.file.pages().is_ok_and(|end| end >= part.end);
             if !there || self.map(&part).is_err() {
                 // A new cut, whose end is another event; or no memory: until the next event then.
-                table.pagemap().end_run(run);
+                table.give(refs);
                 undone = true;
                 continue;
             }
-            self.runs.push(run);
+            self.parts.push(refs);
         }
         if self.gaps(&[]).is_empty() {
             self.set_gap(table, false);
-            if self.runs.len() > MANY_RUNS {
-                self.join_runs(table);
+            if self.parts.len() > MANY_PARTS {
+                self.join_parts(table);
             }
         }
         undone
     }
 
-    /// One run instead of many.
-    fn join_runs(&mut self, table: &Table) {
-        let map = table.pagemap();
-        let (first, len) = (self.pages.start, self.pages.len() as u32);
-        if let Ok(whole) = map.begin_run(table.owner(), HolderKind::Mapping, first, len, false) {
-            self.runs.drain(..).for_each(|run| map.end_run(run));
-            self.runs.push(whole);
+    /// One part instead of many.
+    fn join_parts(&mut self, table: &Table) {
+        if let Ok(whole) = table.take(HolderKind::Mapping, &self.pages) {
+            self.parts.drain(..).for_each(|refs| table.give(refs));
+            self.parts.push(whole);
         }
     }
 }
@@ -239,15 +228,15 @@ impl DaxMapping {
         };
         let watched = touch::watch(watch).map_err(|why| unmap(file.table_error(why)))?;
         let mut mapped =
-            Mapped { file: file.clone(), addr, pages: pages.clone(), runs: Vec::new(), gap: false };
+            Mapped { file: file.clone(), addr, pages: pages.clone(), parts: Vec::new(), gap: false };
         let mut deadline = None;
         let state = loop {
             // Under the list's lock, so that the agent finds it with what it holds.
             let mut mappings = table.mappings.lock();
             let event = table.event();
-            match file.try_run(HolderKind::Mapping, &pages).map_err(unmap)? {
-                Ok(run) => {
-                    mapped.runs.push(run);
+            match file.try_take(HolderKind::Mapping, &pages).map_err(unmap)? {
+                Ok(refs) => {
+                    mapped.parts.push(refs);
                     let state = Arc::new(Mutex::new(mapped));
                     mappings.push(state.clone());
                     break state;
@@ -396,7 +385,7 @@ impl Drop for Map {
         // Out of reach before the references go.
         let _gone = sys::unmap(self.addr, self.pages.len() * PAGE_SIZE);
         mapped.set_gap(table, false);
-        mapped.runs.drain(..).for_each(|run| self.file.give_back(run));
+        mapped.parts.drain(..).for_each(|refs| self.file.give_back(refs));
         self.file.holds.fetch_sub(1, Ordering::Relaxed);
         table.announce_to_waiters();
     }

@@ -54,6 +54,7 @@ mod lease;
 mod mapping;
 mod options;
 mod pin;
+mod refs;
 mod table;
 mod tables;
 mod touch;

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use super::error::{DaxError, Missing};
 use super::file::{Access, DaxFile, Inner};
+use super::refs::TABLE_ALIGN;
 use super::table::{self, Table};
 use crate::PAGE_SIZE;
 use crate::sys::dax;
@@ -104,7 +105,8 @@ impl DaxOptions {
 
     /// Allows long-term pins: `revoke` is called, in a thread of farpage's, when somebody wants to change pages
     /// that are pinned for long, with their bytes in the file. It has them given up soon, here or elsewhere, and
-    /// returns soon; as long as they are not, the change waits.
+    /// returns soon; as long as they are not, the change waits. It must not change the file itself, nor panic, which ends
+    /// the process.
     #[must_use]
     pub fn on_revoke(mut self, revoke: impl Fn(Range<u64>) + Send + Sync + 'static) -> Self {
         self.revoke = Some(Arc::new(revoke));
@@ -160,15 +162,16 @@ impl DaxOptions {
             return Err(DaxError::NotAFile { path: path.to_owned() });
         }
         let identity = dax::file_identity(name.as_fd()).map_err(failed("look at"))?;
-        let max =
-            self.max_len.max((stat.st_size as u64).saturating_mul(2)).next_multiple_of(64 * PAGE_SIZE as u64);
-        let frames = u32::try_from(max / PAGE_SIZE as u64);
-        let frames = frames.map_err(|_| DaxError::TooLarge { path: path.to_owned(), max })?;
+        let max = self.max_len.max((stat.st_size as u64).saturating_mul(2));
+        // Such that their frames have numbers, those of huge pages, too.
+        let pages = u32::try_from(max.div_ceil(PAGE_SIZE as u64)).ok().filter(|pages| *pages <= 1 << 31);
+        let pages = pages.map(|pages| pages.next_multiple_of(TABLE_ALIGN));
+        let pages = pages.ok_or_else(|| DaxError::TooLarge { path: path.to_owned(), max: 8 << 40 })?;
         let table_path = Table::path_of(&self.tables, &identity);
         let table_error = |why| DaxError::Table { path: table_path.clone(), why };
         // A name that means something to others, too.
         let name = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        let table = Table::attach(&table_path, &name, frames, None, false).map_err(table_error)?;
+        let table = Table::attach(&table_path, &name, pages, None, false).map_err(table_error)?;
         let flags = flags | OFlags::RDWR | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open"))?;
         // The name may be another file's by now.

@@ -9,10 +9,10 @@ use super::change::after;
 use super::error::DaxError;
 use super::file::Inner;
 use super::mapping::Map;
+use super::refs::Refs;
 use super::users::bytes;
 use crate::frame::Pfn;
 use crate::frame::ledger::HolderKind;
-use crate::pagemap::Run;
 use crate::space::pin::Pin;
 
 /// Pinned pages of a DAX file: while this lives nobody who uses farpage truncates, punches or collapses them, in no process.
@@ -21,7 +21,7 @@ use crate::space::pin::Pin;
 #[derive(Debug)]
 pub struct DaxPin {
     file: Arc<Inner>,
-    run: Option<Run>,
+    refs: Option<Refs>,
     pages: Range<Pfn>,
     /// The mapping through which it was pinned, and the address of its first byte there.
     mapped: Option<(Arc<Map>, usize)>,
@@ -37,11 +37,11 @@ impl DaxPin {
         let mut deadline = None;
         loop {
             let event = file.table.event();
-            match file.try_run(kind, &pages)? {
-                Ok(run) => {
+            match file.try_take(kind, &pages)? {
+                Ok(refs) => {
                     file.holds.fetch_add(1, Ordering::Relaxed);
                     file.lease.pinned(file);
-                    return Ok(Self { file: file.clone(), run: Some(run), pages, mapped: None });
+                    return Ok(Self { file: file.clone(), refs: Some(refs), pages, mapped: None });
                 }
                 Err(_cut) => {
                     let deadline = deadline.get_or_insert_with(|| after(Instant::now(), file.options.wait));
@@ -69,10 +69,10 @@ impl DaxPin {
 
 impl Drop for DaxPin {
     fn drop(&mut self) {
-        if let Some(run) = self.run.take()
+        if let Some(refs) = self.refs.take()
             && self.file.table.is_ours()
         {
-            self.file.give_back(run);
+            self.file.give_back(refs);
             self.file.lease.unpinned(&self.file);
             self.file.holds.fetch_sub(1, Ordering::Relaxed);
         }

@@ -17,6 +17,7 @@ use super::error::TableError;
 use super::file::Inner;
 use super::heads::{Head, OwnHead};
 use super::mapping::Mapped;
+use super::refs::frames_of;
 use crate::PAGE_SIZE;
 use crate::device::memory::DeviceMemory;
 use crate::frame::cuts::{CUTS, Cuts};
@@ -35,7 +36,9 @@ const MAGIC: u32 = 0xfa5d_0001;
 /// Words of the head.
 mod word {
     pub const MAGIC: usize = 0;
-    pub const FRAMES: usize = 1;
+    pub const PAGES: usize = 1;
+    /// More than pages if huge pages have frames, too.
+    pub const FRAMES: usize = 9;
     pub const LOCK: usize = 2;
     pub const EVENT: usize = 3;
     pub const SIZE_LOCK: usize = 4;
@@ -81,6 +84,7 @@ pub struct Table {
     slots: Slots,
     body: SharedMap,
     pagemap: Pagemap,
+    pages: u32,
     owner: Owner,
     pid: u32,
     /// Mappings of this process.
@@ -183,12 +187,13 @@ impl Table {
     }
 
     /// This process's table of that name: the one it has, or one that it joins or makes, with counts for at least
-    /// `frames` pages if nobody else uses it yet. `file` is for people. `looks`: only to see who uses it, which makes
-    /// nobody a user.
+    /// `pages` pages (of a file: a multiple of [`TABLE_ALIGN`](super::refs::TABLE_ALIGN)) if nobody else uses it yet.
+    /// `file` is its name, for people; `memory`: it is a device. `looks`: only to see who uses it, which makes nobody a
+    /// user.
     pub(super) fn attach(
         path: &Path,
         file: &Path,
-        frames: u32,
+        pages: u32,
         memory: Option<DeviceMemory>,
         looks: bool,
     ) -> Result<Arc<Self>, TableError> {
@@ -202,7 +207,7 @@ impl Table {
         }
         let joining = {
             let _files = FILES.lock();
-            Self::join(path, file, frames, memory)
+            Self::join(path, file, pages, memory)
         };
         let (table, started) = joining?;
         started?;
@@ -217,7 +222,7 @@ impl Table {
     fn join(
         path: &Path,
         name: &Path,
-        frames: u32,
+        pages: u32,
         memory: Option<DeviceMemory>,
     ) -> Result<(Arc<Self>, Result<(), Errno>), TableError> {
         let file = open_locked(path)?;
@@ -226,14 +231,15 @@ impl Table {
         if size < HEAD + SLOTS || head.word(word::MAGIC) == 0 || !any_alive(&file, &head)? {
             // Nobody's: whatever is in it was left by the dead.
             rustix::fs::ftruncate(&file, 0)?;
-            size = HEAD + SLOTS + Pagemap::shared_len(frames);
+            size = HEAD + SLOTS + Pagemap::shared_len(frames_of(pages));
             rustix::fs::ftruncate(&file, size as u64)?;
-            head.begin(name, frames);
+            // A device's memory is handed out by the page.
+            head.begin(name, pages, if memory.is_some() { pages } else { frames_of(pages) });
         } else if head.word(word::MAGIC) != MAGIC {
             return Err(TableError::Version);
         }
-        let frames = head.word(word::FRAMES);
-        if size != HEAD + SLOTS + Pagemap::shared_len(frames) {
+        let (pages, frames) = (head.word(word::PAGES), head.word(word::FRAMES));
+        if size != HEAD + SLOTS + Pagemap::shared_len(frames_of(pages)) {
             return Err(TableError::Version);
         }
         let create = head.word(word::MAGIC) == 0;
@@ -265,6 +271,7 @@ impl Table {
             slots,
             body,
             pagemap,
+            pages,
             owner,
             pid: std::process::id(),
             mappings: Mutex::new(Vec::new()),
@@ -320,9 +327,14 @@ impl Table {
         &self.head
     }
 
-    /// Pages that can be counted.
+    /// Pages that can be counted; the frames of huge pages come behind theirs.
     pub(super) fn frames(&self) -> u32 {
-        self.pagemap.frames.len() as u32
+        self.pages
+    }
+
+    /// Whether huge pages have frames.
+    pub(super) fn has_huge(&self) -> bool {
+        self.pagemap.frames.len() > self.pages as usize
     }
 
     /// One at a time enters cuts, and cleans up.
@@ -543,12 +555,13 @@ impl Head {
         self.words()[i].load(Ordering::Acquire)
     }
 
-    fn begin(&self, file: &Path, frames: u32) {
+    fn begin(&self, file: &Path, pages: u32, frames: u32) {
         use std::os::unix::ffi::OsStrExt;
         let name = file.as_os_str().as_bytes();
         let name = &name[..name.len().min(PATH.len())];
         self.area().write(PATH.start, name);
         self.words()[word::PATH_LEN].store(name.len() as u32, Ordering::Relaxed);
+        self.words()[word::PAGES].store(pages, Ordering::Relaxed);
         self.words()[word::FRAMES].store(frames, Ordering::Relaxed);
     }
 

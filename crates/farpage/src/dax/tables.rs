@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::error::TableError;
+use super::refs::TABLE_ALIGN;
 use super::table::{DIR, PREFIX, Table};
 use super::users::{Difference, User};
 use crate::frame::Pfn;
@@ -50,7 +51,7 @@ fn look(path: &Path) -> Result<Option<TableInfo>, TableError> {
     if !path.exists() {
         return Ok(None);
     }
-    let table = Table::attach(path, Path::new("?"), 64, None, true)?;
+    let table = Table::attach(path, Path::new("?"), TABLE_ALIGN, None, true)?;
     table.reap();
     let users = table.users(&(0..Pfn::MAX));
     if users.is_empty() {

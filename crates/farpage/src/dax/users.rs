@@ -32,7 +32,7 @@ pub struct Holding {
 /// A count that differs from the references that are recorded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
-    /// Where in the file the page is.
+    /// Where in the file the page, or huge page, is.
     pub offset: u64,
     /// Its count.
     pub count: u32,
@@ -61,8 +61,8 @@ pub(super) fn bytes(pages: &Range<Pfn>) -> Range<u64> {
     u64::from(pages.start) * PAGE_SIZE as u64..u64::from(pages.end) * PAGE_SIZE as u64
 }
 
-fn overlap(e: &Extent, pages: &Range<Pfn>) -> Option<Range<Pfn>> {
-    let part = e.pfn.max(pages.start)..(e.pfn + e.len).min(pages.end);
+fn overlap(held: &Range<Pfn>, pages: &Range<Pfn>) -> Option<Range<Pfn>> {
+    let part = held.start.max(pages.start)..held.end.min(pages.end);
     (!part.is_empty()).then_some(part)
 }
 
@@ -77,17 +77,18 @@ impl Table {
     /// All who have the file open, with what they hold of these pages: neighbours of one kind as one.
     pub(super) fn users(&self, pages: &Range<Pfn>) -> Vec<User> {
         let mut holds: HashMap<Owner, Vec<Holding>> = HashMap::new();
-        let mut extents: Vec<Extent> = self.pagemap().ledger.iter().map(|(_, e)| e).collect();
-        extents.sort_by_key(|e| (e.owner, e.kind, e.pfn));
-        for e in extents {
-            let Some(part) = overlap(&e, pages) else { continue };
+        let held = self.pagemap().ledger.iter().map(|(_, e)| (e.owner, e.kind, self.pages_held(&e)));
+        let mut held: Vec<(Owner, HolderKind, Range<Pfn>)> = held.collect();
+        held.sort_by_key(|(owner, kind, pages)| (*owner, *kind, pages.start));
+        for (owner, kind, held) in held {
+            let Some(part) = overlap(&held, pages) else { continue };
             let range = bytes(&part);
-            let of_owner = holds.entry(e.owner).or_default();
+            let of_owner = holds.entry(owner).or_default();
             match of_owner.last_mut() {
-                Some(last) if last.kind == e.kind && last.range.end == range.start => {
+                Some(last) if last.kind == kind && last.range.end == range.start => {
                     last.range.end = range.end
                 }
-                _ => of_owner.push(Holding { kind: e.kind, range }),
+                _ => of_owner.push(Holding { kind, range }),
             }
         }
         let named = self.living().into_iter();
@@ -103,7 +104,7 @@ impl Table {
     /// Whether some page of these is pinned, by the ledger.
     pub(super) fn is_pinned(&self, pages: &Range<Pfn>) -> bool {
         let pins = |e: &Extent| matches!(e.kind, HolderKind::Pin | HolderKind::LongPin);
-        self.pagemap().ledger.iter().any(|(_, e)| pins(&e) && overlap(&e, pages).is_some())
+        self.pagemap().ledger.iter().any(|(_, e)| pins(&e) && overlap(&self.pages_held(&e), pages).is_some())
     }
 
     /// Compares each count with what is recorded, looking again at those that differ: others may be at work meanwhile.
@@ -133,7 +134,11 @@ impl Table {
         let difference = |pfn| {
             let count = counts.get(&pfn).copied().unwrap_or(0);
             let recorded = recorded.get(&pfn).copied().unwrap_or(0);
-            (count != recorded).then(|| Difference { offset: bytes(&(pfn..pfn + 1)).start, count, recorded })
+            (count != recorded).then(|| Difference {
+                offset: bytes(&self.pages_of(pfn)).start,
+                count,
+                recorded,
+            })
         };
         pages.into_iter().filter_map(difference).collect()
     }

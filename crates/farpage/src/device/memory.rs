@@ -57,6 +57,7 @@ pub struct DeviceMemory {
     /// All of it, for copies in and out: if it is `Coherent`, or stores pages.
     whole: Option<SharedMap>,
 }
+
 impl DeviceMemory {
     /// Its type.
     pub fn memory_type(&self) -> MemoryType {

@@ -160,6 +160,10 @@ fn race(device: &DaxDevice, place: &Place, seed: u64) -> Outcome<String> {
         mark(&map, tag);
         held.push((map, tag));
     }
+    for (map, tag) in &held {
+        verify(map, *tag, false)?;
+        rounds += 1;
+    }
     Ok(format!("{rounds}"))
 }
 
