@@ -4,7 +4,7 @@ mod cut;
 mod error;
 mod extents;
 mod hold;
-mod look;
+pub mod look;
 mod ls;
 mod map;
 mod parse;

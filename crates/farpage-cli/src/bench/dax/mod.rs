@@ -16,6 +16,7 @@ use farpage::dax::{Access, DaxError, DaxFile, DaxOptions};
 use super::side::stop_flag;
 use super::stats::median;
 use super::{BenchError, proc};
+use crate::dax::look::huge_pages;
 use case::Case;
 use report::{Report, Row};
 use work::{Other, Side, Work};
@@ -65,6 +66,8 @@ pub fn run(args: &Args) -> Result<u8, BenchError> {
     let plain = File::options().read(true).write(true).open(&scratch.0);
     let plain = plain.map_err(BenchError::io("open the file"))?;
     fill(&dax, &plain)?;
+    // The file system decides; punching splits it.
+    let huge = is_huge(&dax).map_err(|e| BenchError::Usage(e.to_string()))?;
     let mut work = Work::new(dax.clone(), plain);
     let mut rows: Vec<Row> = Vec::new();
     for case in case::all().into_iter().filter(|case| case.name.contains(&args.only)) {
@@ -84,7 +87,7 @@ pub fn run(args: &Args) -> Result<u8, BenchError> {
         rows.push(row);
         drop(other);
     }
-    let report = Report { machine: machine(&dax, args), rows };
+    let report = Report { machine: machine(&dax, args, huge), rows };
     let text = if args.json { report.json() } else { report.table() };
     io::stdout().write_all(text.as_bytes()).map_err(BenchError::io("print the report"))?;
     Ok(0)
@@ -147,7 +150,14 @@ fn fill(dax: &DaxFile, plain: &File) -> Result<(), BenchError> {
     Ok(())
 }
 
-fn machine(dax: &DaxFile, args: &Args) -> report::Machine {
+/// Whether the kernel maps the part by a page of 2 MiB.
+fn is_huge(dax: &DaxFile) -> Result<bool, DaxError> {
+    let map = dax.map(PART)?;
+    let huge = huge_pages(map.as_ptr() as usize, PART.start, std::slice::from_ref(&PART));
+    Ok(huge.mapped > 0)
+}
+
+fn machine(dax: &DaxFile, args: &Args, huge: bool) -> report::Machine {
     let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
     report::Machine {
         kernel,
@@ -159,6 +169,7 @@ fn machine(dax: &DaxFile, args: &Args) -> report::Machine {
             Access::Direct { map_sync: false } => "direct",
             Access::PageCache => "page cache",
         },
+        huge,
         rounds: args.rounds,
     }
 }

@@ -18,6 +18,8 @@ pub struct Machine {
     pub cpus: usize,
     pub dir: PathBuf,
     pub access: &'static str,
+    /// The part that is mapped, pinned and punched is mapped by a page of 2 MiB, before it is punched.
+    pub huge: bool,
     pub rounds: u32,
 }
 
@@ -123,12 +125,13 @@ impl Report {
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "Linux {}, {} × {}; a file in {}: {}",
+            "Linux {}, {} × {}; a file in {}: {}, pages of {}",
             m.kernel,
             m.cpus,
             m.cpu,
             m.dir.display(),
-            m.access
+            m.access,
+            if m.huge { "2M" } else { "4K" }
         );
         let _ = writeln!(text, "medians of {} round(s), in µs\n", m.rounds);
         let head = ["act", "bare", "farpage", "costs", "rounds", "required"].map(String::from).to_vec();
