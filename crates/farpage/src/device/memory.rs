@@ -75,16 +75,19 @@ impl DeviceMemory {
     }
 
     /// The file that is to be mapped; frame `n` is at `n` times [`Self::frame_size`].
+    #[doc(hidden)]
     pub fn file(&self) -> &SteadyFile {
         &self.file
     }
 
     /// Whether frames that are allocated may hold old bytes: whoever hands them out clears them.
+    #[doc(hidden)]
     pub fn must_clear(&self) -> bool {
         self.stores || self.piece.is_none()
     }
 
     /// Whether pages are stored in its frames.
+    #[doc(hidden)]
     pub fn stores_pages(&self) -> bool {
         self.stores
     }

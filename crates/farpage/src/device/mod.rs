@@ -2,7 +2,7 @@
 //! [`Device`]; counts and free frames are the business of [`crate::pagemap`].
 
 use crate::Page;
-use crate::frame::{Owner, Pfn};
+pub use crate::frame::{Owner, Pfn};
 use crate::sys::SharedArea;
 
 mod file;
@@ -148,6 +148,7 @@ pub trait Device: Send + Sync {
 }
 
 /// What a device needs to be opened by one process of the domain.
+#[doc(hidden)]
 pub struct Attach {
     /// Its zero-initialised shared memory, of the length that [`spec::Spec::shared_len`] gave; the same bytes
     /// in every process, at different addresses.

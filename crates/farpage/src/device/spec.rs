@@ -115,6 +115,7 @@ pub enum SetupError {
 
 /// The path by which every process of the domain can open a backing file that this process, the launcher, keeps
 /// open: what [`Attach::path`] wants.
+#[doc(hidden)]
 pub fn backing_path(file: &OwnedFd) -> String {
     format!("/proc/{}/fd/{}", rustix::process::getpid().as_raw_nonzero(), file.as_raw_fd())
 }
@@ -131,6 +132,7 @@ impl Spec {
     }
 
     /// The device itself, without injected faults.
+    #[doc(hidden)]
     pub fn base(&self) -> &Self {
         match self {
             Self::Inject { inner, .. } => inner.base(),
@@ -143,6 +145,7 @@ impl Spec {
     ///
     /// # Errors
     /// [`SetupError`]: it is not there, or has no size.
+    #[doc(hidden)]
     pub fn resolved(self) -> Result<Self, SetupError> {
         match self.base() {
             Self::Memory(memory) if memory.size.is_none() => {
@@ -200,6 +203,7 @@ impl Spec {
     }
 
     /// Bytes of shared memory that the device needs. (Sparse: what is never touched costs nothing.)
+    #[doc(hidden)]
     pub fn shared_len(&self) -> usize {
         match self {
             Self::Ram { .. } => ram::shared_len(self.bytes()),
@@ -212,6 +216,7 @@ impl Spec {
 
     /// In the launcher: creates the backing file, where there is one. The launcher keeps it open as long as the
     /// domain lives and passes its [`backing_path`] as [`Attach::path`].
+    #[doc(hidden)]
     pub fn create_backing(&self) -> Result<Option<OwnedFd>, SetupError> {
         match self {
             Self::Ram { .. } | Self::Mem { .. } => Ok(None),
@@ -224,6 +229,7 @@ impl Spec {
     }
 
     /// In every process of the domain: the device over its shared area.
+    #[doc(hidden)]
     pub fn attach(&self, attach: Attach) -> Result<Box<dyn Device>, SetupError> {
         Ok(match self {
             Self::Ram { .. } => Box::new(ram::Ram::attach(self.bytes(), attach)),

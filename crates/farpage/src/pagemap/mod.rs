@@ -58,9 +58,12 @@ use arrayvec::ArrayVec;
 
 use crate::device::{DeviceError, LoadOp, Sum};
 pub use crate::device::{Driver, MemoryType, PagemapOps};
+pub use crate::frame::ledger::HolderKind;
 use crate::frame::ledger::Ledger;
 use crate::frame::live::{self, Phase};
-use crate::frame::{BATCH, FrameTable, GetError, Owner, Pfn};
+use crate::frame::{BATCH, FrameTable};
+pub use crate::frame::{GetError, Owner, Pfn};
+pub use crate::sys::SharedArea;
 
 mod hold;
 mod mapping;
@@ -82,6 +85,7 @@ pub struct Pagemap {
     /// The type.
     pub memory_type: MemoryType,
     /// The counts.
+    #[doc(hidden)]
     pub frames: FrameTable,
     /// Frames from this number on are not allocated; 0: there is no such limit. Shared, as the counts are.
     limit: &'static std::sync::atomic::AtomicU32,
@@ -91,6 +95,7 @@ pub struct Pagemap {
     pub driver: DriverId,
     live: live::Live,
     /// References that are in no page entry.
+    #[doc(hidden)]
     pub ledger: Ledger,
     /// One thread of a process at a time changes the ledger, so that a mark and a record that moves belong together.
     holding: crate::sys::Mutex<()>,
@@ -209,6 +214,7 @@ impl Pagemap {
     }
 
     /// Allocates a frame for `owner`, in transit until [`FrameTable::settle`]. `None`: see [`Self::try_alloc`].
+    #[doc(hidden)]
     pub fn alloc(&self, owner: Owner) -> Option<Pfn> {
         self.try_alloc(owner).ok()
     }
@@ -217,6 +223,7 @@ impl Pagemap {
     ///
     /// # Errors
     /// [`AllocError::Full`]; [`AllocError::NotLive`] once unregistering has begun.
+    #[doc(hidden)]
     pub fn try_alloc(&self, owner: Owner) -> Result<Pfn, AllocError> {
         let live = self.live(owner)?;
         live.frames.alloc_below(self.limit(), owner).ok_or(AllocError::Full)
@@ -227,6 +234,7 @@ impl Pagemap {
     ///
     /// # Errors
     /// As [`Self::try_alloc`].
+    #[doc(hidden)]
     pub fn try_alloc_run(&self, owner: Owner, len: u32, align: u32) -> Result<Pfn, AllocError> {
         let live = self.live(owner)?;
         live.frames.alloc_run(owner, len, align).ok_or(AllocError::Full)
@@ -246,6 +254,7 @@ impl Pagemap {
 
     /// One more reference for `owner`, in transit; waits out another's transfer. It is made from one that the caller
     /// holds, so unregistering, which waits for that one, does not refuse it: `fork` cannot fail for it.
+    #[doc(hidden)]
     pub fn get_in_transit(&self, pfn: Pfn, owner: Owner) -> Result<(), GetError> {
         self.frames.get_in_transit_waiting(pfn, owner)
     }
@@ -257,6 +266,7 @@ impl Pagemap {
     }
 
     /// Drops references that transfers hold ([`FrameTable::begin_put`] or an allocation), as [`Self::put`].
+    #[doc(hidden)]
     pub fn put_in_transit(&self, pfns: &[Pfn], owner: Owner) {
         self.put_batches(pfns, owner, true);
     }
@@ -270,6 +280,7 @@ impl Pagemap {
     }
 
     /// The one path at count 0: storage back to the driver, then the frame is free.
+    #[doc(hidden)]
     pub fn free(&self, pfns: &[Pfn], owner: Owner) {
         for batch in pfns.chunks(BATCH) {
             let mut batch: ArrayVec<Pfn, BATCH> = batch.iter().copied().collect();
@@ -285,6 +296,7 @@ impl Pagemap {
     }
 
     /// A process has died (the caller is `owner`): repairs what it had half changed. Before its slot is another's.
+    #[doc(hidden)]
     pub fn repair(&self, dead: Owner, owner: Owner) {
         self.device.ops().repair(owner);
         self.live.forget(dead);
@@ -295,6 +307,7 @@ impl Pagemap {
     /// Loads frames that the caller holds references to, each verified against its checksum and tried again before it is
     /// given up. Returns how many from the start are good, how many attempts went wrong, and what was wrong with
     /// the first that is not good.
+    #[doc(hidden)]
     pub fn load(&self, ops: &mut [LoadOp<'_>]) -> (usize, u64, Result<(), DeviceError>) {
         self.device.load(ops);
         let verify = !self.device.is_memory();

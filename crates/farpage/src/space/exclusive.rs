@@ -64,6 +64,7 @@ impl Exclusives {
     /// # Safety
     /// The caller is the only thread of the process.
     #[allow(unsafe_code, reason = "the contract of the lock")]
+    #[doc(hidden)]
     pub unsafe fn renew(&self) {
         // SAFETY: the caller's contract.
         unsafe { self.list.renew(Vec::new()) }

@@ -16,17 +16,21 @@ mod audit;
 mod behind;
 pub(crate) mod bits;
 pub mod exclusive;
+#[doc(hidden)]
 pub mod fork;
 mod hold;
 mod in_place;
 mod on_device;
+#[doc(hidden)]
 pub mod ops;
 mod orphan;
 pub mod pin;
 pub(crate) mod puts;
+#[doc(hidden)]
 pub mod range;
 mod remap;
 mod running;
+#[doc(hidden)]
 pub mod slots;
 pub mod snapshot;
 
@@ -34,7 +38,9 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::{MutexGuard, OnceLock, PoisonError};
 
+#[doc(hidden)]
 pub use hold::Hold;
+#[doc(hidden)]
 pub use on_device::OnDevice;
 use range::{Found, Ranges, flag};
 pub use running::Running;
@@ -57,6 +63,7 @@ const STACK_BELOW: usize = 64 << 10;
 const STACK_ABOVE: usize = 8 << 10;
 
 /// What is replaced as a whole: the ranges, and the descriptors, which a forked child opens anew.
+#[doc(hidden)]
 pub struct World {
     /// The managed ranges.
     pub ranges: Ranges,
@@ -89,11 +96,14 @@ pub struct Space {
     pub domain: Domain,
     me: AtomicU32,
     /// Its page entries.
+    #[doc(hidden)]
     pub entries: Entries,
     window: SharedMap,
     /// See the module's text.
+    #[doc(hidden)]
     pub world: RwLock<World>,
     /// Staging slots and free frames.
+    #[doc(hidden)]
     pub slots: Slots,
     /// Granules in order of arrival: stamp and address.
     queue: std::sync::Mutex<VecDeque<(u64, usize)>>,
@@ -103,6 +113,7 @@ pub struct Space {
     /// Held while granules change between granted and registered.
     pub(crate) grants: std::sync::Mutex<()>,
     /// The budget was exhausted at some time: frames circulate, reclaim keeps a stock.
+    #[doc(hidden)]
     pub pressure: AtomicBool,
     descriptors: [AtomicI32; 4],
     /// Not set in a child that nobody prepared: there all this is the parent's.
@@ -167,6 +178,7 @@ impl Space {
     ///
     /// # Errors
     /// [`DomainError`]: no slot, no userfaultfd, no memory for the tables.
+    #[doc(hidden)]
     pub fn new(domain: Domain) -> Result<Self, DomainError> {
         Self::with_mode(domain, FaultMode::Threaded)
     }
@@ -175,6 +187,7 @@ impl Space {
     ///
     /// # Errors
     /// As [`Space::new`].
+    #[doc(hidden)]
     pub fn with_mode(domain: Domain, mode: FaultMode) -> Result<Self, DomainError> {
         let me = domain.take_slot(std::process::id())?;
         let window = domain.map_window(me)?;
@@ -230,21 +243,25 @@ impl Space {
     }
 
     /// This process's slot number.
+    #[doc(hidden)]
     pub fn me(&self) -> Owner {
         self.me.load(Ordering::Relaxed) as Owner
     }
 
     /// This process's slot.
+    #[doc(hidden)]
     pub fn slot(&self) -> &'static Slot {
         self.domain.slot(self.me())
     }
 
     /// Descriptors of the manager, which the program must not close.
+    #[doc(hidden)]
     pub fn descriptors(&self) -> [i32; 4] {
         self.descriptors.each_ref().map(|d| d.load(Ordering::Relaxed))
     }
 
     /// Whether a descriptor is the manager's.
+    #[doc(hidden)]
     pub fn owns_descriptor(&self, fd: i32) -> bool {
         self.descriptors.iter().any(|d| d.load(Ordering::Relaxed) == fd)
     }
@@ -258,12 +275,14 @@ impl Space {
 
     /// Whether this is the process (or the prepared child) that this manager belongs to. In a child that was forked past
     /// the C library nothing of it may be used.
+    #[doc(hidden)]
     pub fn is_mine(&self) -> bool {
         self.mark.is_set()
     }
 
     /// The manager's threads are there: from now on faults are answered. `starter` starts handler number so-and-so, on a
     /// manager thread; false: it cannot.
+    #[doc(hidden)]
     pub fn set_running(&self, starter: impl Fn(usize) -> bool + Send + Sync + 'static) {
         let _the_same = self.starter.set(Box::new(starter));
         self.running.store(true, Ordering::Release);
@@ -275,6 +294,7 @@ impl Space {
     }
 
     /// The manager's threads end as soon as they have done what they are at. From then on faults are not answered.
+    #[doc(hidden)]
     pub fn stop(&self) {
         self.stop.pull();
         self.faults.follow.wake_all();
@@ -312,16 +332,19 @@ impl Space {
     }
 
     /// Whether an address is in the manager's tables or slots.
+    #[doc(hidden)]
     pub fn is_own(&self, addr: usize) -> bool {
         addr.wrapping_sub(self.window.addr()) < WINDOW || self.slots.holds(addr) || self.domain.maps(addr)
     }
 
     /// With `--strict`: whether a new mapping of `len` bytes finds no room any more.
+    #[doc(hidden)]
     pub fn refuses(&self, _len: usize) -> bool {
         self.domain.config.strict && self.full.load(Ordering::Relaxed)
     }
 
     /// Adds to one of this process's counters.
+    #[doc(hidden)]
     pub fn count(&self, c: Counter, n: u64) {
         self.slot().count(c, n);
     }

@@ -78,6 +78,7 @@ pub enum MemoryError {
 }
 /// What memory is like that is mapped in place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[doc(hidden)]
 pub struct InPlace {
     /// Bytes.
     pub size: u64,
@@ -139,6 +140,7 @@ impl MemorySpec {
     }
 
     /// Whether it takes the machine's ordinary memory.
+    #[doc(hidden)]
     pub fn takes_memory(&self) -> bool {
         matches!(self.source, Source::Memfd | Source::Node(_))
     }
@@ -147,6 +149,7 @@ impl MemorySpec {
     ///
     /// # Errors
     /// See [`MemoryError`].
+    #[doc(hidden)]
     pub fn available(&self) -> Result<u64, MemoryError> {
         if !matches!(self.source, Source::Path(_)) {
             return Err(MemoryError::NoSize(self.to_string()));
@@ -191,6 +194,7 @@ impl MemorySpec {
     ///
     /// # Errors
     /// See [`MemoryError`].
+    #[doc(hidden)]
     pub fn create_backing(&self) -> Result<OwnedFd, MemoryError> {
         let new = match &self.source {
             Source::Path(path) => (!path.exists()).then_some(path),
@@ -218,6 +222,7 @@ impl MemorySpec {
     ///
     /// # Errors
     /// See [`MemoryError`].
+    #[doc(hidden)]
     pub fn attach(&self, path: &str) -> Result<DeviceMemory, MemoryError> {
         let size = self.size.ok_or_else(|| MemoryError::NoSize(self.to_string()))?;
         let steady = SteadyFile::open(path, OFlags::RDWR).map_err(self.failed("open it in this process"))?;
@@ -244,6 +249,7 @@ impl MemorySpec {
     ///
     /// # Errors
     /// See [`MemoryError`].
+    #[doc(hidden)]
     pub fn in_place(&self) -> Result<(DeviceMemory, InPlace), MemoryError> {
         let file = self.open().map_err(self.failed("open it"))?;
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).map_err(|errno| match errno {
