@@ -55,7 +55,7 @@
 //!
 //! # What it needs, and its limits
 //!
-//! - Linux 6.8 or newer on x86-64 or AArch64 with pages of 4 KiB. Threaded spaces need full userfaultfd (root, `CAP_SYS_PTRACE`, or
+//! - Linux 6.8 or newer on x86-64 with pages of 4 KiB. Threaded spaces need full userfaultfd (root, `CAP_SYS_PTRACE`, or
 //!   `vm.unprivileged_userfaultfd=1`); inline spaces and DAX need no privileges. `farpage doctor` says what is missing.
 //! - A system call that meets a page that is away waits in a threaded space, and fails with EFAULT in an inline one: pin first.
 //! - A budget of at least 4 MiB, at most 16 devices; a region's elements are `Copy` and may be zeros (`bytemuck::Zeroable`).
@@ -126,6 +126,12 @@ struct Guide;
 pub const PAGE_SIZE: usize = 4096;
 
 /// One page of bytes, aligned as the kernel aligns pages (O_DIRECT needs it).
+///
+/// ```
+/// let mut page = farpage::Page([0; farpage::PAGE_SIZE]);
+/// page.fill(0x0102_0304);
+/// assert_eq!(page.0[..8], [4, 3, 2, 1, 4, 3, 2, 1], "little-endian machines");
+/// ```
 #[repr(C, align(4096))]
 #[derive(Clone)]
 pub struct Page(pub [u8; PAGE_SIZE]);

@@ -44,6 +44,8 @@ use crate::sys::{Peers, SharedArea, SharedMap};
 pub const ENV_DOMAIN: &str = "FARPAGE_DOMAIN";
 
 /// What a domain is made of. Sizes in bytes.
+///
+/// A domain has its own as [`Domain::config`]; see the example of [`Domain`].
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Config {
     /// The most DRAM that the managed memory of the whole tree may occupy.
@@ -66,6 +68,15 @@ pub struct Config {
 }
 
 /// Why a domain could not be made or joined.
+///
+/// ```
+/// use farpage::domain::DomainError;
+/// use farpage::{BuildError, Domain};
+///
+/// let error = Domain::builder().device("file:/nowhere:64M").build().err().unwrap();
+/// assert!(matches!(error, BuildError::Domain(DomainError::Device { .. })));
+/// assert!(error.to_string().starts_with("device file:/nowhere:64M: cannot create a file of 64M in `/nowhere`: "));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum DomainError {
     /// A system call failed.
@@ -143,6 +154,26 @@ struct HeaderWords {
 }
 
 /// The domain as one process sees it.
+///
+/// Made by [`Domain::builder`]. Counts of DRAM are in pages of 4 KiB, configured sizes in bytes.
+///
+/// ```
+/// use farpage::Domain;
+///
+/// let domain = Domain::builder().dram("8M").device("ram:16M").device("mem:1M").max_pinned(1 << 20).build()?;
+/// assert_eq!((domain.config.dram, domain.budget(), domain.pin_limit()), (8 << 20, 2048, 256));
+/// // Devices have numbers, in order of preference.
+/// assert_eq!((domain.pagemap(1).name(), domain.pagemap(1).id), ("mem:1M", 1));
+///
+/// // It becomes part of its space, which hands it out.
+/// let space = domain.start_inline()?;
+/// let v = space.region_from_fn(1 << 16, |i| i as u64)?;
+/// let domain = &space.domain;
+/// assert!(domain.charged() >= v.pages(..).len() as u64 / 4096);
+/// assert_eq!(domain.pinned(), 0);
+/// assert!(domain.audit_frames()?.is_right());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Domain {
     /// The configuration.
     pub config: Config,
@@ -434,6 +465,8 @@ impl Domain {
     }
 
     /// The pagemap with this number.
+    ///
+    /// Panics if there is no such device; [`Domain::pagemaps`] has all of them.
     pub fn pagemap(&self, id: u8) -> &Pagemap {
         &self.pagemaps[id as usize]
     }

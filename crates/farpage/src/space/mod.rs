@@ -78,6 +78,8 @@ pub struct World {
 }
 
 /// Who resolves the faults of a space.
+///
+/// Chosen by [`Domain::start`] or [`Domain::start_inline`]: see the example of [`Domain::start`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FaultMode {
     /// The manager's handler threads, told by userfaultfd messages. System calls into pages that are away work.
@@ -91,6 +93,28 @@ pub enum FaultMode {
 type Starter = Box<dyn Fn(usize) -> bool + Send + Sync>;
 
 /// The manager of one process's address space.
+///
+/// An embedding program has one inside of a [`Running`], which derefs to it. Ranges are addresses in whole pages of 4 KiB, such
+/// as [`Region::pages`](crate::Region::pages) gives.
+///
+/// ```
+/// use farpage::{Domain, Pin, Target};
+///
+/// let space = Domain::builder().dram("8M").device("mem:16M").build()?.start_inline()?;
+/// let v = space.region_from_fn(1 << 16, |i| i as u64)?;
+/// let pages = v.pages(..);
+/// assert!(space.manages(pages.start, pages.end));
+///
+/// let pin = space.pin(v.pages(..512), Pin::LongTerm, false)?;
+/// assert_eq!((space.pinned(), space.pinned_long_term()), (1, 1));
+/// // All but the page that is pinned leave DRAM.
+/// let report = space.migrate(pages.clone(), Target::Device(0))?;
+/// assert_eq!((report.moved(), report.refused().count()), (127, 1));
+/// drop(pin);
+/// let there = space.snapshot(pages)?;
+/// assert_eq!(there.iter().filter(|page| page.place == farpage::space::snapshot::Place::System).count(), 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Space {
     /// The domain it belongs to.
     pub domain: Domain,
@@ -327,6 +351,18 @@ impl Space {
 
     /// Whether a fault brings in, besides the page that was touched, those that are likely to be touched next (it does unless told
     /// otherwise).
+    ///
+    /// ```
+    /// use farpage::{Domain, Target};
+    ///
+    /// let space = Domain::builder().dram("8M").device("mem:16M").build()?.start_inline()?;
+    /// space.set_fault_around(false); // for accesses without any order
+    /// let v = space.region_from_fn(1 << 16, |i| i as u64)?;
+    /// space.migrate(v.pages(..), Target::Device(0))?;
+    /// assert_eq!(v[5 * 512], 5 * 512);
+    /// assert_eq!(space.domain.stats().pages_in, 1);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn set_fault_around(&self, around: bool) {
         self.one_by_one.store(!around, Ordering::Relaxed);
     }
