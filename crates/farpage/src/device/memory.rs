@@ -42,6 +42,8 @@ pub const MAX_SIZE: u64 = 8 << 40;
 
 /// Memory that can be mapped; see the module's description. It is a pagemap's driver ([`PagemapOps`]), of each type
 /// the same; what `Coherent` adds is that it stores and loads pages ([`Device`]).
+///
+/// See the example of [`MemorySpec`].
 pub struct DeviceMemory {
     name: String,
     memory_type: MemoryType,
@@ -108,6 +110,9 @@ impl DeviceMemory {
     }
 
     /// Bytes of the system's memory that it takes just now.
+    ///
+    /// # Errors
+    /// The file cannot be looked at.
     pub fn in_use(&self) -> Result<u64, Errno> {
         Ok(rustix::fs::fstat(self.file.get()?)?.st_blocks as u64 * 512)
     }

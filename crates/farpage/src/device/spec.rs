@@ -14,6 +14,22 @@ use super::{Attach, Device, MemoryType, file, mem, ram};
 use crate::size::{SizeError, format_size, looks_like_size, parse_size};
 
 /// Which device, and how large.
+///
+/// ```
+/// use farpage::device::spec::{Spec, SpecError};
+///
+/// let spec: Spec = "file:/scratch:2G".parse()?;
+/// assert_eq!(spec, Spec::File { dir: "/scratch".into(), size: Some(2 << 30) });
+/// assert_eq!((spec.size(), spec.frames()), (Some(2 << 30), 1 << 19));
+/// assert_eq!(spec.to_string(), "file:/scratch:2G");
+///
+/// // Without a size, whoever makes the domain decides.
+/// let spec: Spec = "ram".parse()?;
+/// let (min, max) = spec.limits();
+/// assert_eq!((spec.size(), spec.with_size(0).size()), (None, Some(min)));
+/// assert_eq!("ram:1T".parse::<Spec>(), Err(SpecError::TooLarge("ram:1T".into(), max)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Spec {
     /// LZ4-compressed pages in memory; `size` bytes at most (`None`: the launcher decides).
@@ -45,6 +61,8 @@ pub enum Spec {
 }
 
 /// Why a text is not a device.
+///
+/// See the example of [`Spec`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SpecError {
     /// No such kind of device.
@@ -83,6 +101,8 @@ pub enum SpecError {
 }
 
 /// Why a device could not be set up.
+///
+/// Part of a [`DomainError`](crate::domain::DomainError): see the example of [`DomainError`](crate::domain::DomainError).
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SetupError {
     /// The directory cannot hold the backing file.

@@ -8,6 +8,26 @@ use crate::frame::{BATCH, GetError, Owner, Pfn};
 /// cleans up after it gives them back.
 ///
 /// It belongs to the process that made it. In a forked child its drop does nothing: the child has no references.
+///
+/// ```
+/// use farpage::device::memory::MemorySpec;
+/// use farpage::pagemap::{HoldError, HolderKind, Owner, Pagemap, Registration, SharedArea};
+///
+/// const ME: Owner = 1;
+/// let memory = "generic:memfd:1M".parse::<MemorySpec>()?.create()?;
+/// let counts = SharedArea::anonymous(Pagemap::shared_len(memory.frames()))?;
+/// let map = Pagemap::register(Registration::memory(0, memory), counts, true)?;
+///
+/// let driver = map.alloc_held(ME, HolderKind::Driver, 16, 16)?;
+/// assert_eq!((driver.pfn() % 16, driver.len(), driver.is_empty(), driver.map().id), (0, 16, false, 0));
+/// let pin = map.hold(ME, HolderKind::Pin, driver.pfn() + 3, 2)?;
+/// drop(driver);
+/// assert_eq!(map.used(), 2, "what is pinned stays");
+/// drop(pin);
+/// assert_eq!(map.alloc_held(ME, HolderKind::Driver, 257, 1).err(), Some(HoldError::Full(257)));
+/// assert!(!HolderKind::Entry.is_kept(), "a page entry is its own record");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Hold<'m> {
     map: &'m Pagemap,
@@ -28,6 +48,8 @@ pub struct Run {
 }
 
 /// Why frames could not be held.
+///
+/// See the example of [`Hold`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum HoldError {
     /// See [`NotLive`].

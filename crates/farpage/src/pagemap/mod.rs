@@ -7,7 +7,7 @@
 //! |---|---|
 //! | bring a device's frames in | [`Pagemap::register`] |
 //! | find the pagemap of a frame, and keep it for a moment | [`lookup`], [`Pagemap::live`] |
-//! | take a free frame; one more reference; drop references | [`Pagemap::try_alloc`], [`Pagemap::get`], [`Pagemap::put`] |
+//! | take a free frame; one more reference; drop references | [`Pagemap::alloc_held`], [`Pagemap::get`], [`Pagemap::put`] |
 //! | hold frames outside of page entries, so that a killed process's are found | [`Hold`] |
 //! | reach the memory itself | [`Mapping`] |
 //! | take the device away | [`Pagemap::unregister`] |
@@ -16,10 +16,9 @@
 //! use std::time::Duration;
 //!
 //! use farpage::device::memory::MemorySpec;
-//! use farpage::pagemap::{Pagemap, Registration};
-//! use farpage::sys::SharedArea;
+//! use farpage::pagemap::{Owner, Pagemap, Registration, SharedArea};
 //!
-//! const ME: u16 = 1; // this process's slot
+//! const ME: Owner = 1; // this process's slot
 //! let memory = "generic:memfd:4M".parse::<MemorySpec>()?.create()?;
 //! let counts = SharedArea::anonymous(Pagemap::shared_len(memory.frames()))?;
 //! let map = Pagemap::register(Registration::memory(0, memory), counts, true)?;
@@ -27,7 +26,7 @@
 //! let two = map.map_new(ME, 8192, 4096)?;
 //! let again = map.map(ME, two.hold().pfn(), 4096)?;
 //! two.write(0, b"hello");
-//! assert_eq!(map.frames.count(two.hold().pfn()), 2);
+//! assert_eq!(map.count(two.hold().pfn()), 2);
 //!
 //! drop(two);
 //! let error = map.unregister(&mut (), ME, Duration::ZERO).unwrap_err();
@@ -79,6 +78,47 @@ pub use unregister::{Held, Holder, Tenants, UnregisterError};
 const ATTEMPTS: u64 = 3;
 
 /// A device's frames under the one rule.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use farpage::device::memory::MemorySpec;
+/// use farpage::pagemap::{
+///     AllocError, GetError, HolderKind, MapError, NotLive, Owner, Pagemap, RefError, Registration, SharedArea, lookup,
+/// };
+///
+/// const ME: Owner = 1;
+/// let memory = "generic:memfd:1M".parse::<MemorySpec>()?.create()?;
+/// let counts = SharedArea::anonymous(Pagemap::shared_len(memory.frames()))?;
+/// let maps = [Pagemap::register(Registration::memory(0, memory), counts, true)?];
+/// let map = lookup(&maps, 0, 255, ME)?; // is not unregistered meanwhile
+/// assert_eq!((map.name(), map.has(255), map.has(256)), ("generic:memfd:1M", true, false));
+/// assert_eq!(map.live(ME).err(), None);
+///
+/// // One frame, held by a driver; a reader has it for a moment.
+/// let hold = map.alloc_held(ME, HolderKind::Driver, 1, 1)?;
+/// let pfn = hold.pfn();
+/// map.get(pfn, ME)?;
+/// assert_eq!((map.count(pfn), map.used()), (2, 1));
+/// assert_eq!(map.holders(pfn)[0].kind, HolderKind::Driver);
+/// map.put(&[pfn], ME);
+/// drop(hold);
+/// assert_eq!(map.get(pfn, ME), Err(RefError::Frame(GetError::Free)), "nothing resurrects it");
+/// assert!(matches!(map.map(ME, pfn, 4096), Err(MapError::Hold(_))), "nor maps it");
+///
+/// map.set_limit(64); // frames from there on are not allocated
+/// assert_eq!(map.limit(), 64);
+///
+/// drop(map);
+/// let map = &maps[0];
+/// let hold = map.map_p2p(ME, map.map_new(ME, 4096, 4096)?.hold().pfn(), 4096)?; // as `map`, also of peer memory
+/// assert!(map.unregister(&mut (), ME, Duration::ZERO).is_err());
+/// assert_eq!(map.live(ME).err(), Some(NotLive::Unregistering));
+/// assert!(map.resume(ME) && map.live(ME).is_ok());
+/// # drop(hold);
+/// # let _type: Option<AllocError> = None;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Pagemap {
     /// Its number in the domain, 0 to 15, which page entries name.
     pub id: u8,
@@ -102,6 +142,8 @@ pub struct Pagemap {
 }
 
 /// Why a pagemap gives no new references.
+///
+/// See the example of [`Pagemap`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotLive {
     /// [`Pagemap::unregister`] has begun.
@@ -113,6 +155,8 @@ pub enum NotLive {
 }
 
 /// Why a frame could not be allocated.
+///
+/// See the example of [`Pagemap`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AllocError {
     /// See [`NotLive`].
@@ -124,6 +168,8 @@ pub enum AllocError {
 }
 
 /// Why a reference could not be had.
+///
+/// See the example of [`Pagemap`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RefError {
     /// See [`NotLive`].
@@ -139,6 +185,8 @@ pub enum RefError {
 
 /// A pagemap that is not unregistered while this lives. Short-lived, like a lock's guard: unregistering waits for it.
 /// Not to be taken into a forked child.
+///
+/// See the example of [`Pagemap`].
 pub struct Live<'a> {
     map: &'a Pagemap,
     owner: Owner,
@@ -160,6 +208,8 @@ impl Drop for Live<'_> {
 
 /// The pagemap of frame `pfn` of device `id`, with a live reference for `owner` (Linux: `get_dev_pagemap`).
 ///
+/// See the example of [`Pagemap`].
+///
 /// # Errors
 /// [`RefError::NoFrame`]; [`RefError::NotLive`] once unregistering has begun.
 pub fn lookup(maps: &[Pagemap], id: u8, pfn: Pfn, owner: Owner) -> Result<Live<'_>, RefError> {
@@ -177,6 +227,16 @@ impl Pagemap {
     /// Whether the frame is in one of its ranges.
     pub fn has(&self, pfn: Pfn) -> bool {
         pfn.checked_add(1).is_some_and(|end| self.frames.covers(pfn, end))
+    }
+
+    /// The frame's reference count: 0 if it is free, or is no frame of this memory.
+    pub fn count(&self, pfn: Pfn) -> u32 {
+        if self.has(pfn) { self.frames.count(pfn) } else { 0 }
+    }
+
+    /// How many frames are in use: have a count above 0.
+    pub fn used(&self) -> usize {
+        self.frames.used()
     }
 
     /// A live reference for `owner`.

@@ -151,6 +151,14 @@ impl<const N: usize> Buffer<N> {
 
 /// A window of shared memory. Views are atomics, which any number of processes may use at once, or raw
 /// bytes, for which the user keeps others away.
+///
+/// ```
+/// use farpage::pagemap::SharedArea;
+///
+/// let area = SharedArea::anonymous(1 << 20)?;
+/// assert_eq!((area.len(), area.is_empty()), (1 << 20, false));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub struct SharedArea {
     base: NonNull<u8>,

@@ -20,6 +20,8 @@ const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 const COPY_ON_WRITE: [u64; 3] = [0x9123_683e, 0xca45_1a4e, 0x2fc1_2fc1];
 
 /// Why memory could not be set up.
+///
+/// See the example of [`MemorySpec`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryError {
     /// A system call.
@@ -163,6 +165,8 @@ impl MemorySpec {
     }
 
     /// Opens or makes the memory.
+    ///
+    /// See the example of [`MemorySpec`].
     ///
     /// # Errors
     /// See [`MemoryError`].
