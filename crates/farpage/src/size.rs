@@ -1,6 +1,8 @@
 //! Sizes as people write them: `4096`, `64K`, `256M`, `1G`, `2T` (binary units).
 
 /// Why a text is not a size.
+///
+/// See the example of [`parse_size`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SizeError {
     /// Not a number with an optional unit.
@@ -14,12 +16,29 @@ pub enum SizeError {
 const UNITS: [(char, u32); 4] = [('K', 10), ('M', 20), ('G', 30), ('T', 40)];
 
 /// Whether `text` is written like a size (it may still be too large).
+///
+/// ```
+/// use farpage::size::looks_like_size;
+/// assert!(looks_like_size("64k") && looks_like_size("99999999T") && !looks_like_size("64kb"));
+/// ```
 pub fn looks_like_size(text: &str) -> bool {
     let digits = text.strip_suffix(|c: char| unit_shift(c).is_some()).unwrap_or(text);
     !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit())
 }
 
 /// Bytes of a size such as `4096`, `64k` or `1G` (1024³). Units are K, M, G and T in either case.
+///
+/// ```
+/// use farpage::size::{SizeError, format_size, parse_size};
+///
+/// assert_eq!(parse_size("1536M"), Ok(1536 << 20));
+/// assert_eq!(format_size(1536 << 20), "1536M");
+/// assert_eq!(parse_size("1.5G"), Err(SizeError::Syntax("1.5G".into())));
+/// assert_eq!(parse_size("99999999T"), Err(SizeError::TooLarge("99999999T".into())));
+/// ```
+///
+/// # Errors
+/// [`SizeError`], which says what a size looks like.
 pub fn parse_size(text: &str) -> Result<u64, SizeError> {
     if !looks_like_size(text) {
         return Err(SizeError::Syntax(text.to_owned()));
@@ -33,6 +52,8 @@ pub fn parse_size(text: &str) -> Result<u64, SizeError> {
 }
 
 /// The shortest exact form: `parse_size(&format_size(n)) == Ok(n)`.
+///
+/// See the example of [`parse_size`].
 pub fn format_size(bytes: u64) -> String {
     UNITS
         .iter()

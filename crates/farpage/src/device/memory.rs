@@ -42,6 +42,8 @@ pub const MAX_SIZE: u64 = 8 << 40;
 
 /// Memory that can be mapped; see the module's description. It is a pagemap's driver ([`PagemapOps`]), of each type
 /// the same; what `Coherent` adds is that it stores and loads pages ([`Device`]).
+///
+/// See the example of [`MemorySpec`].
 pub struct DeviceMemory {
     name: String,
     memory_type: MemoryType,
@@ -75,16 +77,19 @@ impl DeviceMemory {
     }
 
     /// The file that is to be mapped; frame `n` is at `n` times [`Self::frame_size`].
+    #[doc(hidden)]
     pub fn file(&self) -> &SteadyFile {
         &self.file
     }
 
     /// Whether frames that are allocated may hold old bytes: whoever hands them out clears them.
+    #[doc(hidden)]
     pub fn must_clear(&self) -> bool {
         self.stores || self.piece.is_none()
     }
 
     /// Whether pages are stored in its frames.
+    #[doc(hidden)]
     pub fn stores_pages(&self) -> bool {
         self.stores
     }
@@ -105,6 +110,9 @@ impl DeviceMemory {
     }
 
     /// Bytes of the system's memory that it takes just now.
+    ///
+    /// # Errors
+    /// The file cannot be looked at.
     pub fn in_use(&self) -> Result<u64, Errno> {
         Ok(rustix::fs::fstat(self.file.get()?)?.st_blocks as u64 * 512)
     }

@@ -2,7 +2,7 @@
 //! [`Device`]; counts and free frames are the business of [`crate::pagemap`].
 
 use crate::Page;
-use crate::frame::{Owner, Pfn};
+pub use crate::frame::{Owner, Pfn};
 use crate::sys::SharedArea;
 
 mod file;
@@ -19,6 +19,16 @@ pub use ops::{Driver, MemoryType, PagemapOps};
 
 /// A page's checksum: the low 96 bits of its 128-bit XXH3. Equal checksums mean equal pages (the chance
 /// of an error is 2⁻⁹⁶ a comparison); 96 bits keep the metadata of a page within 24 bytes.
+///
+/// ```
+/// use farpage::device::Sum;
+/// use farpage::{PAGE_SIZE, Page};
+///
+/// let (zeros, mut page) = (Page([0; PAGE_SIZE]), Page([0; PAGE_SIZE]));
+/// assert_eq!(Sum::of(&page), Sum::of(&zeros));
+/// page.0[17] = 1;
+/// assert_ne!(Sum::of(&page), Sum::of(&zeros));
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
 pub struct Sum(pub [u32; 3]);
@@ -33,6 +43,8 @@ impl Sum {
 
 /// What can go wrong on a device. Nothing is lost by any of them: a page that could not be stored is
 /// still in DRAM, a page that could not be loaded is poisoned alone.
+///
+/// See the example of [`Device`].
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 pub enum DeviceError {
     /// No room for this page now.
@@ -47,6 +59,8 @@ pub enum DeviceError {
 }
 
 /// One page to store: filled in by the device is `result`.
+///
+/// See the example of [`Device`].
 pub struct StoreOp<'a> {
     /// The frame, allocated and exclusively the caller's.
     pub pfn: Pfn,
@@ -59,6 +73,8 @@ pub struct StoreOp<'a> {
 }
 
 /// One page to load: filled in by the device are `page` and `result` (the checksum stored with it).
+///
+/// See the example of [`Device`].
 pub struct LoadOp<'a> {
     /// A frame that the caller holds a reference to.
     pub pfn: Pfn,
@@ -69,6 +85,8 @@ pub struct LoadOp<'a> {
 }
 
 /// How full a device is, in bytes.
+///
+/// See the example of [`Device`].
 #[derive(Debug, Clone, Copy, Default, serde::Serialize, serde::Deserialize)]
 pub struct Usage {
     /// What the device may use.
@@ -90,6 +108,71 @@ pub struct Usage {
 /// may be killed inside any of them: what it had locked must be taken over by the next
 /// ([`crate::sys::RobustLock`]) and what it had half changed must be rebuilt from what is stored.
 /// A device must not panic and must not touch memory that the domain manages.
+///
+/// # Example
+///
+/// Pages in a vector. (`examples/device.rs` stores equal pages once.)
+///
+/// ```
+/// use std::sync::Mutex;
+///
+/// use farpage::device::{Device, DeviceError, LoadOp, Owner, Pfn, StoreOp, Sum, Usage};
+/// use farpage::{Domain, Page, Target};
+///
+/// struct Shelf(Mutex<Vec<Option<(Page, Sum)>>>);
+///
+/// impl Shelf {
+///     fn places(&self) -> std::sync::MutexGuard<'_, Vec<Option<(Page, Sum)>>> {
+///         self.0.lock().unwrap()
+///     }
+/// }
+///
+/// impl Device for Shelf {
+///     fn name(&self) -> &str {
+///         "shelf"
+///     }
+///     fn frames(&self) -> u32 {
+///         self.places().len() as u32
+///     }
+///     fn store(&self, ops: &mut [StoreOp<'_>], _: Owner) {
+///         for op in ops {
+///             op.result = match self.places().get_mut(op.pfn as usize) {
+///                 Some(place) => Ok(*place = Some((op.page.clone(), op.sum))),
+///                 None => Err(DeviceError::Full),
+///             };
+///         }
+///     }
+///     fn load(&self, ops: &mut [LoadOp<'_>]) {
+///         for op in ops {
+///             op.result = match self.places().get(op.pfn as usize) {
+///                 Some(Some((page, sum))) => {
+///                     op.page.clone_from(page);
+///                     Ok(*sum)
+///                 }
+///                 _ => Err(DeviceError::Corrupt),
+///             };
+///         }
+///     }
+///     fn sum(&self, pfn: Pfn) -> Sum {
+///         self.places()[pfn as usize].as_ref().map_or(Sum::default(), |(_, sum)| *sum)
+///     }
+///     fn free(&self, pfns: &[Pfn], _: Owner) {
+///         pfns.iter().for_each(|&pfn| self.places()[pfn as usize] = None);
+///     }
+///     fn usage(&self) -> Usage {
+///         let used = 4096 * self.places().iter().flatten().count() as u64;
+///         Usage { capacity: 4096 * u64::from(self.frames()), used, payload: used, peak: used }
+///     }
+/// }
+///
+/// let shelf = Shelf(Mutex::new(vec![None; 1024]));
+/// let space = Domain::builder().dram("8M").own_device(shelf).build()?.start_inline()?;
+/// let v = space.region_from_fn(1 << 20, |i| (i >> 12) as u8)?;
+/// space.migrate(v.pages(..), Target::Device(0))?;
+/// assert_eq!(space.domain.pagemap(0).device.usage().used, 1 << 20);
+/// assert!(v.iter().enumerate().all(|(i, &x)| x == (i >> 12) as u8));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait Device: Send + Sync {
     /// A short name for messages, for example `ram:1G`.
     fn name(&self) -> &str;
@@ -103,6 +186,8 @@ pub trait Device: Send + Sync {
     fn sum(&self, pfn: Pfn) -> Sum;
     /// The checksums, and perhaps the bytes, of these frames are going to be asked for: a device in memory may have
     /// them fetched into the cache, all at the same time.
+    ///
+    /// See the example of [`Driver`].
     fn soon(&self, pfns: &mut dyn Iterator<Item = Pfn>) {
         let _pfns = pfns;
     }
@@ -112,33 +197,45 @@ pub trait Device: Send + Sync {
     /// A process of the domain has died: take over what it had locked and repair what it had half changed. To be
     /// called by the launcher after each death and before the dead process's slot is given to another, which a
     /// lock could not tell from the dead. `owner` is the caller.
+    ///
+    /// See the example of [`Driver`].
     fn repair(&self, owner: Owner) {
         let _owner = owner;
     }
     /// Whether it is plain memory, in which pages lie as they are: it needs no checksum with a page that is stored, and
     /// what it loads is not verified; a store is so short that it may be done under a lock.
+    ///
+    /// See the example of [`Driver`].
     fn is_memory(&self) -> bool {
         false
     }
     /// The address in this process of the frame's bytes, where they lie in memory as they are: in the domain's shared memory, or
     /// in [`Device::memory`]. From there a page can be mapped in place.
+    ///
+    /// See the example of [`Driver`].
     fn address_of(&self, pfn: Pfn) -> Option<usize> {
         let _pfn = pfn;
         None
     }
     /// The memory in which the pages lie, where the CPU reaches them at frame number × 4096 bytes: it gives the device's
     /// pagemap its type.
+    ///
+    /// See the example of [`Driver`].
     fn memory(&self) -> Option<&memory::DeviceMemory> {
         None
     }
     /// The frames `[first, end)` are free and are not going to be allocated: what memory stands behind them may go back to
     /// the kernel. Returns how many bytes did.
+    ///
+    /// See the example of [`Driver`].
     fn shrunk(&self, first: Pfn, end: Pfn) -> u64 {
         let _frames = (first, end);
         0
     }
     /// All frames are free and nobody can get one: gives what is still held of the system's memory or storage back.
     /// (Nothing, where freeing the frames has done it.)
+    ///
+    /// See the example of [`Driver`].
     fn remove(&self, owner: Owner) -> Result<(), rustix::io::Errno> {
         let _owner = owner;
         Ok(())
@@ -148,6 +245,7 @@ pub trait Device: Send + Sync {
 }
 
 /// What a device needs to be opened by one process of the domain.
+#[doc(hidden)]
 pub struct Attach {
     /// Its zero-initialised shared memory, of the length that [`spec::Spec::shared_len`] gave; the same bytes
     /// in every process, at different addresses.

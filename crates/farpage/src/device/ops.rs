@@ -9,6 +9,8 @@ use super::{Device, DeviceError, LoadOp, StoreOp, Sum, Usage};
 use crate::frame::{Owner, Pfn};
 
 /// How the CPU reaches a device's pages, and whether they move (Linux: `enum memory_type`).
+///
+/// See the example of [`MemorySpec`](super::memory::MemorySpec).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum MemoryType {
     /// Ordinary DRAM. Its pages are the kernel's: no pagemap can have them.
@@ -29,6 +31,49 @@ pub enum MemoryType {
 ///
 /// Counts are not its business: it is called once for a frame whose count has become 0, whatever the type. A device
 /// that stores and loads pages (`Box<dyn Device>`) is one as it is.
+///
+/// ```
+/// use farpage::device::{Device, Owner, PagemapOps, Pfn};
+/// use farpage::pagemap::{DriverId, HolderKind, MemoryType, Pagemap, Registration, SharedArea};
+///
+/// /// Memory that only its driver reaches: it hands out places.
+/// struct Places;
+///
+/// impl PagemapOps for Places {
+///     fn name(&self) -> &str {
+///         "places"
+///     }
+///     fn frames(&self) -> u32 {
+///         64
+///     }
+///     fn page_free(&self, pfns: &[Pfn], _: Owner) {
+///         println!("free again: {pfns:?}");
+///     }
+///     fn migrate_to_ram(&self) -> Option<&(dyn Device + 'static)> {
+///         None // they do not move
+///     }
+///     fn stuck(&self, owner: Owner) {
+///         println!("{owner} waits for somebody who may be dead");
+///     }
+///     fn repair(&self, owner: Owner) {
+///         println!("{owner} says that a process has died");
+///     }
+///     fn remove(&self, _: Owner) -> Result<(), rustix::io::Errno> {
+///         Ok(()) // nothing is left to be given back
+///     }
+/// }
+///
+/// const ME: Owner = 1;
+/// let counts = SharedArea::anonymous(Pagemap::shared_len(64))?;
+/// let (memory_type, ranges) = (MemoryType::FsDax, vec![0..64; 1]);
+/// let what = Registration { id: 0, memory_type, driver: DriverId(7), ranges, ops: Box::new(Places) };
+/// let map = Pagemap::register(what, counts, true)?;
+/// let hold = map.alloc_held(ME, HolderKind::Driver, 8, 8)?;
+/// assert_eq!((map.used(), map.driver), (8, DriverId(7)));
+/// drop(hold); // `page_free`, once for each
+/// assert_eq!(map.used(), 0);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait PagemapOps: Send + Sync {
     /// A short name for messages, for example `ram:1G`.
     fn name(&self) -> &str;
@@ -95,6 +140,22 @@ impl PagemapOps for Box<dyn Device> {
 }
 
 /// A pagemap's driver, seen as a [`Device`]: of memory that does not move it refuses every page.
+///
+/// ```
+/// let domain = farpage::Domain::builder().dram("8M").device("mem:4M").device("generic:memfd:1M").build()?;
+/// let device = &domain.pagemap(0).device;
+/// assert_eq!(device.ops().name(), "mem:4M");
+/// assert_eq!((device.frames(), device.usage().used), (1024, 0));
+///
+/// // What a device need not have: `mem` has pages as they are, at addresses, in the domain's memory.
+/// assert!(device.is_memory() && device.address_of(1023).is_some());
+/// assert!(device.memory().is_none() && domain.pagemap(1).device.memory().is_some());
+/// device.soon(&mut [1, 2, 3].into_iter()); // a hint
+/// assert_eq!(device.shrunk(512, 1024), 0, "of what is behind free frames nothing was used");
+/// device.repair(1); // there is nothing that a dead process had half changed
+/// device.remove(1)?; // nothing to give back
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Driver(pub(crate) Box<dyn PagemapOps>);
 
 impl Driver {

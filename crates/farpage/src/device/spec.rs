@@ -14,6 +14,22 @@ use super::{Attach, Device, MemoryType, file, mem, ram};
 use crate::size::{SizeError, format_size, looks_like_size, parse_size};
 
 /// Which device, and how large.
+///
+/// ```
+/// use farpage::device::spec::{Spec, SpecError};
+///
+/// let spec: Spec = "file:/scratch:2G".parse()?;
+/// assert_eq!(spec, Spec::File { dir: "/scratch".into(), size: Some(2 << 30) });
+/// assert_eq!((spec.size(), spec.frames()), (Some(2 << 30), 1 << 19));
+/// assert_eq!(spec.to_string(), "file:/scratch:2G");
+///
+/// // Without a size, whoever makes the domain decides.
+/// let spec: Spec = "ram".parse()?;
+/// let (min, max) = spec.limits();
+/// assert_eq!((spec.size(), spec.with_size(0).size()), (None, Some(min)));
+/// assert_eq!("ram:1T".parse::<Spec>(), Err(SpecError::TooLarge("ram:1T".into(), max)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Spec {
     /// LZ4-compressed pages in memory; `size` bytes at most (`None`: the launcher decides).
@@ -45,6 +61,8 @@ pub enum Spec {
 }
 
 /// Why a text is not a device.
+///
+/// See the example of [`Spec`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SpecError {
     /// No such kind of device.
@@ -83,6 +101,8 @@ pub enum SpecError {
 }
 
 /// Why a device could not be set up.
+///
+/// Part of a [`DomainError`](crate::domain::DomainError): see the example of [`DomainError`](crate::domain::DomainError).
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SetupError {
     /// The directory cannot hold the backing file.
@@ -115,6 +135,7 @@ pub enum SetupError {
 
 /// The path by which every process of the domain can open a backing file that this process, the launcher, keeps
 /// open: what [`Attach::path`] wants.
+#[doc(hidden)]
 pub fn backing_path(file: &OwnedFd) -> String {
     format!("/proc/{}/fd/{}", rustix::process::getpid().as_raw_nonzero(), file.as_raw_fd())
 }
@@ -131,6 +152,7 @@ impl Spec {
     }
 
     /// The device itself, without injected faults.
+    #[doc(hidden)]
     pub fn base(&self) -> &Self {
         match self {
             Self::Inject { inner, .. } => inner.base(),
@@ -143,6 +165,7 @@ impl Spec {
     ///
     /// # Errors
     /// [`SetupError`]: it is not there, or has no size.
+    #[doc(hidden)]
     pub fn resolved(self) -> Result<Self, SetupError> {
         match self.base() {
             Self::Memory(memory) if memory.size.is_none() => {
@@ -200,6 +223,7 @@ impl Spec {
     }
 
     /// Bytes of shared memory that the device needs. (Sparse: what is never touched costs nothing.)
+    #[doc(hidden)]
     pub fn shared_len(&self) -> usize {
         match self {
             Self::Ram { .. } => ram::shared_len(self.bytes()),
@@ -212,6 +236,7 @@ impl Spec {
 
     /// In the launcher: creates the backing file, where there is one. The launcher keeps it open as long as the
     /// domain lives and passes its [`backing_path`] as [`Attach::path`].
+    #[doc(hidden)]
     pub fn create_backing(&self) -> Result<Option<OwnedFd>, SetupError> {
         match self {
             Self::Ram { .. } | Self::Mem { .. } => Ok(None),
@@ -224,6 +249,7 @@ impl Spec {
     }
 
     /// In every process of the domain: the device over its shared area.
+    #[doc(hidden)]
     pub fn attach(&self, attach: Attach) -> Result<Box<dyn Device>, SetupError> {
         Ok(match self {
             Self::Ram { .. } => Box::new(ram::Ram::attach(self.bytes(), attach)),

@@ -103,6 +103,22 @@ const RECOUNTS: u32 = 4;
 pub(crate) const UNCERTAIN: u64 = u64::MAX;
 
 /// What an audit found.
+///
+/// ```
+/// use farpage::{Domain, Target};
+///
+/// let space = Domain::builder().dram("8M").device("ram:16M").build()?.start_inline()?;
+/// let v = space.region_from_fn(512 << 3, |i| i as u64)?;
+/// space.migrate(v.pages(..), Target::Device(0))?;
+/// let audit = space.domain.audit()?;
+/// // Eight pages are on the device, each with one reference: this process's page entry.
+/// assert_eq!((audit.frames, audit.references), (8, 8));
+/// assert!(audit.is_right());
+/// // What would be wrong says which frame or process it is, and both numbers.
+/// audit.differences.iter().for_each(|d| println!("{d}: held by {} processes", d.holders.len()));
+/// audit.charges.iter().for_each(|c| println!("{c}"));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Audit {
     /// Frames in use, or named by a reference.
@@ -122,6 +138,8 @@ pub struct Audit {
 }
 
 /// A frame whose count is wrong.
+///
+/// Part of an [`Audit`]: see the example of [`Audit`].
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Difference {
     /// The device's name.
@@ -137,6 +155,8 @@ pub struct Difference {
 }
 
 /// References of one process to one frame.
+///
+/// Part of an [`Audit`]: see the example of [`Audit`].
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Holding {
     /// The process.
@@ -148,6 +168,8 @@ pub struct Holding {
 }
 
 /// A process whose DRAM charge is wrong.
+///
+/// Part of an [`Audit`]: see the example of [`Audit`].
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct ChargeDifference {
     /// The process.

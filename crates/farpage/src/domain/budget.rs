@@ -32,6 +32,7 @@ impl Domain {
 
     /// Charges `pages` to `owner` if the tree stays within `limit` pages. Two at once may both be refused, but
     /// never both admitted beyond it: each adds first and looks then.
+    #[doc(hidden)]
     pub fn try_charge(&self, owner: Owner, pages: u64, limit: u64) -> bool {
         let charge = &self.slot(owner).charge;
         // SeqCst: of two who charge at once, at least one sees the other's.
@@ -46,12 +47,14 @@ impl Domain {
     }
 
     /// Charges beyond the budget: the program must go on. Counted by the caller.
+    #[doc(hidden)]
     pub fn force_charge(&self, owner: Owner, pages: u64) {
         self.slot(owner).charge.fetch_add(pages, Ordering::SeqCst);
         self.words.peak.fetch_max(self.charged(), Ordering::Relaxed);
     }
 
     /// Gives a charge back.
+    #[doc(hidden)]
     pub fn uncharge(&self, owner: Owner, pages: u64) {
         let before = self.slot(owner).charge.fetch_sub(pages, Ordering::SeqCst);
         debug_assert!(before >= pages);

@@ -14,6 +14,14 @@ const MIN_DRAM: u64 = 4 << 20;
 const MAX_DEVICES: usize = 16;
 
 /// Why a domain could not be built.
+///
+/// ```
+/// use farpage::{BuildError, Domain};
+///
+/// assert!(matches!(Domain::builder().dram("1M").build(), Err(BuildError::TooLittle(_))));
+/// let error = Domain::builder().device("tape:1G").build().err().unwrap();
+/// assert!(error.to_string().starts_with("unknown device `tape:1G` (there are `ram[:SIZE]`, "));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     /// A device's specification.
@@ -34,6 +42,19 @@ pub enum BuildError {
 }
 
 /// Makes a [`Domain`]; see [`Domain::builder`].
+///
+/// ```
+/// let domain = farpage::Domain::builder()
+///     .dram_bytes(16 << 20)      // or .dram("16M")
+///     .device("ram:32M")         // first choice ...
+///     .device("file:/tmp:64M")   // ... and what does not fit there
+///     .recycle(false)
+///     .max_pinned(4 << 20)
+///     .build()?;
+/// assert_eq!(domain.pagemaps.len(), 2);
+/// assert!(!domain.config.recycle);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Builder {
     dram: Result<u64, SizeError>,
     devices: Vec<Result<Spec, SpecError>>,
@@ -85,6 +106,8 @@ impl Builder {
     }
 
     /// A device of the program's own, after those by specification.
+    ///
+    /// See the example of [`Device`].
     #[must_use]
     pub fn own_device(mut self, device: impl Device + 'static) -> Self {
         self.own.push(Box::new(device));

@@ -3,6 +3,7 @@
 mod audit;
 mod budget;
 mod builder;
+#[doc(hidden)]
 pub mod entry;
 mod layout;
 mod reap;
@@ -20,11 +21,15 @@ use rustix::fs::{MemfdFlags, Mode, OFlags};
 pub(crate) use audit::UNCERTAIN;
 pub use audit::{Audit, ChargeDifference, Difference, Holding};
 pub use builder::{BuildError, Builder};
+#[doc(hidden)]
 pub use layout::{ADDRESS_LIMIT, SLOT_COUNT, WINDOW};
+#[doc(hidden)]
 pub use reap::Launcher;
 pub(crate) use reap::Reaper;
+#[doc(hidden)]
 pub use slot::{Counter, Slot, state};
 pub use stats::{DeviceStats, Stats};
+#[doc(hidden)]
 pub use tenants::DomainTenants;
 
 use crate::device::memory::DeviceMemory;
@@ -35,9 +40,12 @@ use crate::pagemap::{Live, Pagemap, RefError, RegisterError, Registration};
 use crate::sys::{Peers, SharedArea, SharedMap};
 
 /// Environment variable that names the domain's segment to the processes of the tree.
+#[doc(hidden)]
 pub const ENV_DOMAIN: &str = "FARPAGE_DOMAIN";
 
 /// What a domain is made of. Sizes in bytes.
+///
+/// A domain has its own as [`Domain::config`]; see the example of [`Domain`].
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Config {
     /// The most DRAM that the managed memory of the whole tree may occupy.
@@ -60,6 +68,15 @@ pub struct Config {
 }
 
 /// Why a domain could not be made or joined.
+///
+/// ```
+/// use farpage::domain::DomainError;
+/// use farpage::{BuildError, Domain};
+///
+/// let error = Domain::builder().device("file:/nowhere:64M").build().err().unwrap();
+/// assert!(matches!(error, BuildError::Domain(DomainError::Device { .. })));
+/// assert!(error.to_string().starts_with("device file:/nowhere:64M: cannot create a file of 64M in `/nowhere`: "));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum DomainError {
     /// A system call failed.
@@ -137,10 +154,31 @@ struct HeaderWords {
 }
 
 /// The domain as one process sees it.
+///
+/// Made by [`Domain::builder`]. Counts of DRAM are in pages of 4 KiB, configured sizes in bytes.
+///
+/// ```
+/// use farpage::Domain;
+///
+/// let domain = Domain::builder().dram("8M").device("ram:16M").device("mem:1M").max_pinned(1 << 20).build()?;
+/// assert_eq!((domain.config.dram, domain.budget(), domain.pin_limit()), (8 << 20, 2048, 256));
+/// // Devices have numbers, in order of preference.
+/// assert_eq!((domain.pagemap(1).name(), domain.pagemap(1).id), ("mem:1M", 1));
+///
+/// // It becomes part of its space, which hands it out.
+/// let space = domain.start_inline()?;
+/// let v = space.region_from_fn(1 << 16, |i| i as u64)?;
+/// let domain = &space.domain;
+/// assert!(domain.charged() >= v.pages(..).len() as u64 / 4096);
+/// assert_eq!(domain.pinned(), 0);
+/// assert!(domain.audit_frames()?.is_right());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Domain {
     /// The configuration.
     pub config: Config,
     /// The process that created it.
+    #[doc(hidden)]
     pub launcher: u32,
     /// The devices, in order of preference.
     pub pagemaps: Vec<Pagemap>,
@@ -176,6 +214,7 @@ impl Domain {
     ///
     /// # Errors
     /// [`DomainError::Sys`] and [`DomainError::Device`], both saying on what.
+    #[doc(hidden)]
     pub fn create(config: &Config) -> Result<Self, DomainError> {
         Self::create_with(config, Vec::new())
     }
@@ -184,6 +223,7 @@ impl Domain {
     ///
     /// # Errors
     /// As [`Domain::create`].
+    #[doc(hidden)]
     pub fn create_with(config: &Config, own: Vec<Box<dyn Device>>) -> Result<Self, DomainError> {
         let file = rustix::fs::memfd_create("farpage", MemfdFlags::CLOEXEC)
             .map_err(sys_err("create the domain's shared memory"))?;
@@ -224,6 +264,7 @@ impl Domain {
     ///
     /// # Errors
     /// [`DomainError::NotOurs`] if the file is something else; [`DomainError::Sys`] if it cannot be reached.
+    #[doc(hidden)]
     pub fn attach(path: &str) -> Result<Self, DomainError> {
         let file = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .map_err(sys_err("open the domain's shared memory"))?;
@@ -311,11 +352,13 @@ impl Domain {
     }
 
     /// The segment's descriptor.
+    #[doc(hidden)]
     pub fn fd(&self) -> impl AsFd + '_ {
         self.file.as_fd()
     }
 
     /// Whether an address is in this process's mappings of the segment and of the devices' memory.
+    #[doc(hidden)]
     pub fn maps(&self, addr: usize) -> bool {
         let of_a_device = |map: &Pagemap| {
             let len = map.frames.len() * crate::PAGE_SIZE;
@@ -325,6 +368,7 @@ impl Domain {
     }
 
     /// Where a frame's bytes lie, if they lie somewhere as they are: a file, and the offset in it.
+    #[doc(hidden)]
     pub fn file_of(&self, device: u8, pfn: Pfn) -> Option<(BorrowedFd<'_>, u64)> {
         let map = self.pagemap(device);
         if let Some(memory) = map.device.ops().memory() {
@@ -336,28 +380,33 @@ impl Domain {
 
     /// Gives back what processes of the domain held that have died or begun another program, and returns how many: for the process
     /// in slot `me`, where there is no launcher.
+    #[doc(hidden)]
     pub fn reap(&self, me: Owner) -> usize {
         reap::Reaper { domain: self, me }.reap_those(false)
     }
 
     /// The process slot `owner`.
+    #[doc(hidden)]
     pub fn slot(&self, owner: Owner) -> &'static Slot {
         self.peers.slot(owner)
     }
 
     /// Slots that were ever used, with their numbers.
+    #[doc(hidden)]
     pub fn slots(&self) -> impl Iterator<Item = (Owner, &'static Slot)> + '_ {
         let high = self.words.high.load(Ordering::Acquire) as Owner;
         (1..high.max(1)).map(|o| (o, self.slot(o)))
     }
 
     /// The next stamp of the domain's clock, which orders arrivals across its processes.
+    #[doc(hidden)]
     pub fn stamp(&self) -> u64 {
         // Relaxed: only the order of the numbers matters.
         self.words.clock.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Takes a free slot for process `pid`; it is FORMING.
+    #[doc(hidden)]
     pub fn take_slot(&self, pid: u32) -> Result<Owner, DomainError> {
         for owner in 1..SLOT_COUNT as Owner {
             let s = self.slot(owner);
@@ -379,6 +428,7 @@ impl Domain {
     }
 
     /// Maps the window of page entries of `owner`.
+    #[doc(hidden)]
     pub fn map_window(&self, owner: Owner) -> Result<SharedMap, DomainError> {
         SharedMap::new(&self.file, layout::window_offset(owner), WINDOW)
             .map_err(sys_err("map the page entries (is an address space limit set? see `ulimit -v`)"))
@@ -387,6 +437,7 @@ impl Domain {
     /// Whether a frame that `owner` has moved out may be used for another page. To be asked *after* the page was
     /// moved: a call that takes plain references is marked before it runs, so no mark then means that no such
     /// reference to the moved page exists.
+    #[doc(hidden)]
     pub fn may_recycle(&self, owner: Owner) -> bool {
         // SeqCst pairs with the stores of `Launcher::mark_plain_refs` and `mark_all`.
         self.recycles() && self.slot(owner).plain_refs.load(Ordering::SeqCst) == 0
@@ -398,6 +449,7 @@ impl Domain {
     }
 
     /// Something about the slots changed: the launcher looks again.
+    #[doc(hidden)]
     pub fn changed(&self) {
         self.words.epoch.fetch_add(1, Ordering::AcqRel);
         crate::sys::futex_wake(self.words.epoch, i32::MAX);
@@ -407,11 +459,14 @@ impl Domain {
     ///
     /// # Errors
     /// As [`crate::pagemap::lookup`].
+    #[doc(hidden)]
     pub fn lookup(&self, id: u8, pfn: Pfn, owner: Owner) -> Result<Live<'_>, RefError> {
         crate::pagemap::lookup(&self.pagemaps, id, pfn, owner)
     }
 
     /// The pagemap with this number.
+    ///
+    /// Panics if there is no such device; [`Domain::pagemaps`] has all of them.
     pub fn pagemap(&self, id: u8) -> &Pagemap {
         &self.pagemaps[id as usize]
     }

@@ -6,6 +6,18 @@ use super::slot::COUNTERS;
 use super::{Counter, Domain};
 
 /// Counters of the whole tree since it began. Pages are 4 KiB; DRAM in bytes.
+///
+/// ```
+/// let space = farpage::Domain::builder().dram("8M").device("ram:64M").build()?.start_inline()?;
+/// let v = space.region_from_fn(2 << 20, |i| i as u64)?;
+/// let stats = space.domain.stats();
+/// assert_eq!(stats.dram_budget, 8 << 20);
+/// assert!(stats.dram_used <= stats.dram_peak && stats.dram_peak <= stats.dram_budget);
+/// assert!(stats.pages_out >= v.pages(..).len() as u64 / 4096 - 2048, "what does not fit has left");
+/// let ram = &stats.devices[0];
+/// assert!(ram.frames > 0 && ram.payload <= ram.used && ram.used <= ram.capacity);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Default, serde::Serialize)]
 pub struct Stats {
     /// Processes (address spaces: each `exec` begins one) that were managed.
@@ -61,6 +73,8 @@ pub struct Stats {
 }
 
 /// One device. Bytes.
+///
+/// Part of [`Stats`]: see the example of [`Stats`].
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct DeviceStats {
     /// Its name.

@@ -12,6 +12,7 @@ use crate::pagemap::{Holder, Pagemap, Tenants};
 ///
 /// A page is moved by the process whose it is: `migrate` is called with the frames that have to be left, and may do it
 /// for this process or ask others.
+#[doc(hidden)]
 pub struct DomainTenants<'a, M> {
     /// The domain.
     pub domain: &'a Domain,

@@ -21,6 +21,8 @@ use super::platform::{AtomicU32, AtomicU64, Ordering};
 use super::{BATCH, FrameTable, GetError, Owner, Pfn};
 
 /// What a reference to a frame is for.
+///
+/// See the example of [`Hold`](crate::pagemap::Hold).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum HolderKind {
     /// Memory of a process through which the CPU reaches the frame.

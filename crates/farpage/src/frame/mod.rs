@@ -88,6 +88,8 @@ const TRANSIT_SHIFT: u32 = COUNT_BITS + 1;
 pub const MAX_OWNER: Owner = 4095;
 
 /// Why a reference could not be taken.
+///
+/// See the example of [`Pagemap`](crate::pagemap::Pagemap).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum GetError {
     /// The count is 0: the frame is free, and only allocation may take it from there.

@@ -10,6 +10,8 @@ use crate::space::range::{Found, GRANULE, flag};
 use crate::space::{Space, World};
 
 /// Why a device could not use a page.
+///
+/// See the example of [`Space::device_read`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AccessError {
     /// The page is in the program, or there is none: the CPU's to use, not a device's.
@@ -37,6 +39,25 @@ struct Access {
 impl Space {
     /// Reads bytes of pages that are on a device, or staged for one, without bringing them in.
     ///
+    /// ```
+    /// use farpage::migrate::AccessError;
+    /// use farpage::{Domain, Target};
+    ///
+    /// let space = Domain::builder().dram("8M").device("mem:16M").build()?.start_inline()?;
+    /// let v = space.region_from_fn(2 << 12, |i| i as u8)?;
+    /// let at = v.as_ptr() as usize;
+    /// let mut bytes = [0; 3];
+    /// assert_eq!(space.device_read(at, &mut bytes), Err(AccessError::InDram(at)), "it is the CPU's to use");
+    ///
+    /// space.migrate(v.pages(..), Target::Device(0))?;
+    /// space.device_read(at + 5, &mut bytes)?;
+    /// assert_eq!(bytes, [5, 6, 7]);
+    /// space.device_write(at + 6, &[99])?;
+    /// assert_eq!(space.domain.stats().pages_in, 0, "nothing came to DRAM for it");
+    /// assert_eq!(v[5..8], [5, 99, 7]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// [`AccessError`]: which page is not; what lies before it has been read.
     pub fn device_read(&self, start: usize, out: &mut [u8]) -> Result<(), AccessError> {
@@ -50,6 +71,8 @@ impl Space {
 
     /// Writes bytes to pages that are on a device, or staged for one, without bringing them in. A page on a device gets a new
     /// frame: frames are never changed in place, because a forked child may share them.
+    ///
+    /// See the example of [`Space::device_read`].
     ///
     /// # Errors
     /// [`AccessError`]: which page is not; what lies before it has been written.

@@ -19,6 +19,8 @@ use crate::space::{Space, World};
 const RUN: u32 = 512;
 
 /// What a compaction came to.
+///
+/// See the example of [`Space::shrink`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Compacted {
     /// Frames that were moved.
@@ -45,6 +47,24 @@ impl Space {
     /// pages that are there move below. What stays in use above is told; it is free when it is put. To let it grow again,
     /// shrink it to more frames.
     ///
+    /// ```
+    /// use farpage::{Domain, Target};
+    ///
+    /// let space = Domain::builder().dram("8M").device("mem:16M").build()?.start_inline()?;
+    /// let mut v = space.region_from_fn(8 << 20, |i| (i >> 12) as u8)?;
+    /// space.migrate(v.pages(..), Target::Device(0))?;
+    /// v.resize(1 << 20)?; // 256 pages are left, in frames anywhere
+    ///
+    /// let result = space.compact(0)?;
+    /// assert_eq!(result.stayed, 0);
+    /// // The 4096 frames of the device become 512, and the memory behind the others is the system's.
+    /// let result = space.shrink(0, 512)?;
+    /// assert_eq!((result.in_use, result.stayed), (0, 0));
+    /// assert_eq!(v[255 << 12], 255);
+    /// space.shrink(0, u32::MAX)?; // all of it again
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// [`MigrateError::NoDevice`].
     pub fn shrink(&self, dev: u8, frames: u32) -> Result<Compacted, MigrateError> {
@@ -60,6 +80,8 @@ impl Space {
     }
 
     /// Moves this process's pages on `dev` to the lowest frames that are free, so that the others are free in runs of 2 MiB.
+    ///
+    /// See the example of [`Space::shrink`].
     ///
     /// # Errors
     /// [`MigrateError::NoDevice`].

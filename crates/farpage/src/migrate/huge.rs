@@ -11,6 +11,7 @@ use crate::sys::{self, BlockedSignals};
 
 impl Space {
     /// The 2 MiB at `block` (aligned), all of which one device has, are one page. Otherwise nothing happens.
+    #[doc(hidden)]
     pub fn set_huge_on_device(&self, block: usize) {
         let _signals = BlockedSignals::new();
         let world = self.world.read();
@@ -22,6 +23,7 @@ impl Space {
     }
 
     /// The huge pages on devices that have some of their bytes in `[start, end)`: first byte and device, in order.
+    #[doc(hidden)]
     pub fn huge_on_devices(&self, start: usize, end: usize) -> Vec<(usize, u8)> {
         let _signals = BlockedSignals::new();
         let world = self.world.read();

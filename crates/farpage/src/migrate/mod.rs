@@ -42,6 +42,8 @@ use crate::space::{Space, World};
 const WINDOW: usize = STRETCH * GRANULE;
 
 /// Where to.
+///
+/// See the example of [`Space::migrate`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     /// DRAM, in the program.
@@ -51,6 +53,8 @@ pub enum Target {
 }
 
 /// Why a page did not move. It is where it was, unless something else has moved it meanwhile.
+///
+/// See the example of [`Space::migrate`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Refusal {
@@ -75,6 +79,8 @@ pub enum Refusal {
 }
 
 /// What became of a page.
+///
+/// See the example of [`Space::migrate`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// It moved.
@@ -86,6 +92,8 @@ pub enum Outcome {
 }
 
 /// What became of each page of a range.
+///
+/// See the example of [`Space::migrate`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MigrateReport {
     /// The first page's address.
@@ -115,6 +123,17 @@ impl MigrateReport {
 }
 
 /// Why nothing could be migrated at all.
+///
+/// ```
+/// use farpage::migrate::MigrateError;
+/// use farpage::{Domain, Target};
+///
+/// let space = Domain::builder().dram("8M").build()?.start_inline()?;
+/// let v = space.region::<u8>(4096)?;
+/// assert_eq!(space.migrate(v.pages(..), Target::Device(9)), Err(MigrateError::NoDevice(9)));
+/// assert!(matches!(space.migrate(1..2, Target::System), Err(MigrateError::Range { .. })), "no whole pages");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum MigrateError {
     /// Not whole pages, none at all, or beyond the address space.
@@ -144,6 +163,27 @@ struct Progress {
 impl Space {
     /// Moves the pages of `range` (whole pages) to a device, or back to DRAM. Returns when all of it is done; what became of
     /// each page is in the report, as of the moment when it was its turn.
+    ///
+    /// ```
+    /// use farpage::{Domain, Outcome, Pin, Refusal, Target};
+    ///
+    /// let space = Domain::builder().dram("8M").device("mem:16M").device("ram:16M").build()?.start_inline()?;
+    /// let v = space.region_from_fn(4 * 512, |i| i as u64)?;
+    /// let pin = space.pin(v.pages(512..1024), Pin::Short, false)?;
+    ///
+    /// let report = space.migrate(v.pages(..), Target::Device(0))?;
+    /// let second = report.start + 4096;
+    /// assert_eq!(report.pages[1], Outcome::Refused(Refusal::Pinned));
+    /// assert_eq!(report.refused().collect::<Vec<_>>(), [(second, Refusal::Pinned)]);
+    /// assert_eq!((report.moved(), report.there()), (3, 3));
+    /// drop(pin);
+    ///
+    /// // From one device to another: three pages move there, and the one that was pinned leaves DRAM.
+    /// assert_eq!(space.migrate(v.pages(..), Target::Device(1))?.moved(), 4);
+    /// assert_eq!(space.migrate(v.pages(..), Target::Device(1))?.pages, [Outcome::There; 4]);
+    /// assert_eq!(space.migrate(v.pages(..), Target::System)?.moved(), 4);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`MigrateError`]: nothing was tried.
@@ -231,6 +271,19 @@ impl Space {
 
     /// Has the kernel make huge pages of the 2 MiB pieces of `range` (`MADV_COLLAPSE`), which must be in DRAM, all of them.
     /// Returns how many are huge now. For a range that was huge, was migrated and came back in small pages.
+    ///
+    /// ```
+    /// use farpage::{Domain, Target};
+    ///
+    /// let space = Domain::builder().dram("16M").device("mem:16M").build()?.start_inline()?;
+    /// let v = space.region_from_fn(4 << 20, |i| i as u8)?; // 4 MiB: at least one whole piece of 2 MiB
+    /// space.migrate(v.pages(..), Target::Device(0))?;
+    /// space.migrate(v.pages(..), Target::System)?;
+    /// let huge = space.collapse(v.pages(..))?; // 0 where the system has none to give
+    /// println!("{huge} huge pages");
+    /// # assert!(huge <= 2);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`MigrateError::Range`].

@@ -32,6 +32,24 @@ impl Space {
     ///
     /// After an error the device stays without new frames: call again to go on, or [`Space::keep_device`].
     ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// use farpage::{Domain, Target};
+    ///
+    /// let space = Domain::builder().dram("8M").device("mem:16M").device("ram:16M").build()?.start_inline()?;
+    /// let v = space.region_from_fn(1 << 20, |i| (i >> 12) as u8)?;
+    /// space.migrate(v.pages(..), Target::Device(0))?;
+    /// if let Err(why) = space.remove_device(0, Duration::from_secs(10)) {
+    ///     println!("{why}"); // who holds which frames
+    ///     assert!(space.keep_device(0), "it goes on");
+    /// }
+    /// assert_eq!(v[255 << 12], 255);
+    /// assert_eq!(space.domain.stats().devices[0].frames, 0);
+    /// assert!(!space.keep_device(0), "it has gone");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// [`UnregisterError`]: who holds which frames; or there is no such device (any more). No page is lost by any of them.
     pub fn remove_device(&self, dev: u8, timeout: Duration) -> Result<(), UnregisterError> {
@@ -46,6 +64,8 @@ impl Space {
     }
 
     /// Has a device go on that [`Space::remove_device`] could not take away. False: there is nothing to go on with.
+    ///
+    /// See the example of [`Space::remove_device`].
     pub fn keep_device(&self, dev: u8) -> bool {
         self.domain.pagemaps.get(usize::from(dev)).is_some_and(|map| map.resume(self.me()))
     }

@@ -8,6 +8,26 @@ use crate::frame::{BATCH, GetError, Owner, Pfn};
 /// cleans up after it gives them back.
 ///
 /// It belongs to the process that made it. In a forked child its drop does nothing: the child has no references.
+///
+/// ```
+/// use farpage::device::memory::MemorySpec;
+/// use farpage::pagemap::{HoldError, HolderKind, Owner, Pagemap, Registration, SharedArea};
+///
+/// const ME: Owner = 1;
+/// let memory = "generic:memfd:1M".parse::<MemorySpec>()?.create()?;
+/// let counts = SharedArea::anonymous(Pagemap::shared_len(memory.frames()))?;
+/// let map = Pagemap::register(Registration::memory(0, memory), counts, true)?;
+///
+/// let driver = map.alloc_held(ME, HolderKind::Driver, 16, 16)?;
+/// assert_eq!((driver.pfn() % 16, driver.len(), driver.is_empty(), driver.map().id), (0, 16, false, 0));
+/// let pin = map.hold(ME, HolderKind::Pin, driver.pfn() + 3, 2)?;
+/// drop(driver);
+/// assert_eq!(map.used(), 2, "what is pinned stays");
+/// drop(pin);
+/// assert_eq!(map.alloc_held(ME, HolderKind::Driver, 257, 1).err(), Some(HoldError::Full(257)));
+/// assert!(!HolderKind::Entry.is_kept(), "a page entry is its own record");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Hold<'m> {
     map: &'m Pagemap,
@@ -16,6 +36,7 @@ pub struct Hold<'m> {
 
 /// What a [`Hold`] is, without the pagemap: for those who keep both. To be given back by [`Pagemap::end_run`].
 #[derive(Debug)]
+#[doc(hidden)]
 pub struct Run {
     owner: Owner,
     pid: u32,
@@ -27,6 +48,8 @@ pub struct Run {
 }
 
 /// Why frames could not be held.
+///
+/// See the example of [`Hold`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum HoldError {
     /// See [`NotLive`].
@@ -72,6 +95,7 @@ impl Pagemap {
     ///
     /// # Errors
     /// See [`HoldError`]; nothing is held then.
+    #[doc(hidden)]
     pub fn alloc_run(&self, owner: Owner, kind: HolderKind, len: u32, align: u32) -> Result<Run, HoldError> {
         if len == 0 {
             return Err(HoldError::NoFrame(0, 0));
@@ -110,6 +134,7 @@ impl Pagemap {
 
     /// Gives back all that a dead process held; its transfers have ended ([`crate::frame::FrameTable::recover`]).
     /// `owner` is the caller.
+    #[doc(hidden)]
     pub fn put_holds(&self, dead: Owner, owner: Owner) {
         for (place, extent) in self.ledger.of(dead) {
             let mut batch = [0; BATCH];
@@ -131,6 +156,7 @@ impl Pagemap {
     /// # Safety
     /// The caller is the only thread of the process.
     #[allow(unsafe_code, reason = "the contract of the lock")]
+    #[doc(hidden)]
     pub unsafe fn after_fork_in_child(&self) {
         // SAFETY: the caller's contract; no guard outlives the calls here.
         unsafe { self.holding.renew(()) }
@@ -138,6 +164,7 @@ impl Pagemap {
 
     /// Cleans up after a dead process in memory that page entries do not name: its transfers, what it held, what it
     /// had half changed. Before its slot is another's. `owner` is the caller.
+    #[doc(hidden)]
     pub fn reap(&self, dead: Owner, owner: Owner) {
         for pfn in self.frames.in_transit(dead) {
             if self.frames.recover(pfn, dead, self.ledger.publishes(dead, pfn)) {
@@ -161,6 +188,7 @@ impl Pagemap {
     ///
     /// # Errors
     /// See [`HoldError`]; nothing is held then.
+    #[doc(hidden)]
     pub fn begin_run(
         &self,
         owner: Owner,
@@ -185,6 +213,7 @@ impl Pagemap {
     }
 
     /// Gives back the references of a run but for the first `len`.
+    #[doc(hidden)]
     pub fn shrink_run(&self, run: &mut Run, len: u32) {
         if run.is_ours() && len < run.len {
             let _one_at_a_time = self.holding.lock();
@@ -193,6 +222,7 @@ impl Pagemap {
     }
 
     /// Gives back all references of a run.
+    #[doc(hidden)]
     pub fn end_run(&self, mut run: Run) {
         self.shrink_run(&mut run, 0);
     }
@@ -251,6 +281,7 @@ impl Pagemap {
     /// As [`Self::put_holds`], for one who can be killed himself: what the dead held is given back in the dead's name, so
     /// that the next to clean up goes on where this one stopped. Those who hold frames together and are dead must all
     /// have had their transfers ended before.
+    #[doc(hidden)]
     pub fn put_holds_of(&self, dead: Owner) {
         let mut last = [0; BATCH];
         for (place, extent) in self.ledger.of(dead) {

@@ -10,6 +10,8 @@ use crate::frame::{Owner, Pfn};
 use crate::sys::SharedMap;
 
 /// Why frames could not be mapped.
+///
+/// See the example of [`Pagemap`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum MapError {
     /// The frames could not be held.
@@ -33,6 +35,27 @@ pub enum MapError {
 ///
 /// Dropping it unmaps; the last mapping of a frame gives it back. Mappings of the same frames see the same bytes. A
 /// forked child does not inherit it: there it is a range without memory, and its drop does nothing.
+///
+/// ```
+/// use farpage::device::memory::MemorySpec;
+/// use farpage::pagemap::{Owner, Pagemap, Registration, SharedArea};
+///
+/// const ME: Owner = 1;
+/// let memory = "coherent:memfd:1M".parse::<MemorySpec>()?.create()?;
+/// let counts = SharedArea::anonymous(Pagemap::shared_len(memory.frames()))?;
+/// let map = Pagemap::register(Registration::memory(0, memory), counts, true)?;
+///
+/// let one = map.map_new(ME, 8192, 4096)?;
+/// let two = map.map(ME, one.hold().pfn(), 4096)?;
+/// assert_eq!((one.len(), two.len(), two.is_empty()), (8192, 4096, false));
+/// assert!(one.write(100, b"hello") && !one.write(8190, b"hello"));
+/// let mut bytes = [0; 5];
+/// assert!(two.read(100, &mut bytes));
+/// assert_eq!(&bytes, b"hello");
+/// // SAFETY: inside the mapping; nobody writes it meanwhile.
+/// assert_eq!(unsafe { two.as_ptr().add(100).read_volatile() }, b'h');
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Mapping<'m> {
     hold: Hold<'m>,

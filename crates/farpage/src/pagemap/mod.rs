@@ -7,7 +7,7 @@
 //! |---|---|
 //! | bring a device's frames in | [`Pagemap::register`] |
 //! | find the pagemap of a frame, and keep it for a moment | [`lookup`], [`Pagemap::live`] |
-//! | take a free frame; one more reference; drop references | [`Pagemap::try_alloc`], [`Pagemap::get`], [`Pagemap::put`] |
+//! | take a free frame; one more reference; drop references | [`Pagemap::alloc_held`], [`Pagemap::get`], [`Pagemap::put`] |
 //! | hold frames outside of page entries, so that a killed process's are found | [`Hold`] |
 //! | reach the memory itself | [`Mapping`] |
 //! | take the device away | [`Pagemap::unregister`] |
@@ -16,10 +16,9 @@
 //! use std::time::Duration;
 //!
 //! use farpage::device::memory::MemorySpec;
-//! use farpage::pagemap::{Pagemap, Registration};
-//! use farpage::sys::SharedArea;
+//! use farpage::pagemap::{Owner, Pagemap, Registration, SharedArea};
 //!
-//! const ME: u16 = 1; // this process's slot
+//! const ME: Owner = 1; // this process's slot
 //! let memory = "generic:memfd:4M".parse::<MemorySpec>()?.create()?;
 //! let counts = SharedArea::anonymous(Pagemap::shared_len(memory.frames()))?;
 //! let map = Pagemap::register(Registration::memory(0, memory), counts, true)?;
@@ -27,7 +26,7 @@
 //! let two = map.map_new(ME, 8192, 4096)?;
 //! let again = map.map(ME, two.hold().pfn(), 4096)?;
 //! two.write(0, b"hello");
-//! assert_eq!(map.frames.count(two.hold().pfn()), 2);
+//! assert_eq!(map.count(two.hold().pfn()), 2);
 //!
 //! drop(two);
 //! let error = map.unregister(&mut (), ME, Duration::ZERO).unwrap_err();
@@ -58,9 +57,12 @@ use arrayvec::ArrayVec;
 
 use crate::device::{DeviceError, LoadOp, Sum};
 pub use crate::device::{Driver, MemoryType, PagemapOps};
+pub use crate::frame::ledger::HolderKind;
 use crate::frame::ledger::Ledger;
 use crate::frame::live::{self, Phase};
-use crate::frame::{BATCH, FrameTable, GetError, Owner, Pfn};
+use crate::frame::{BATCH, FrameTable};
+pub use crate::frame::{GetError, Owner, Pfn};
+pub use crate::sys::SharedArea;
 
 mod hold;
 mod mapping;
@@ -76,12 +78,54 @@ pub use unregister::{Held, Holder, Tenants, UnregisterError};
 const ATTEMPTS: u64 = 3;
 
 /// A device's frames under the one rule.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use farpage::device::memory::MemorySpec;
+/// use farpage::pagemap::{
+///     AllocError, GetError, HolderKind, MapError, NotLive, Owner, Pagemap, RefError, Registration, SharedArea, lookup,
+/// };
+///
+/// const ME: Owner = 1;
+/// let memory = "generic:memfd:1M".parse::<MemorySpec>()?.create()?;
+/// let counts = SharedArea::anonymous(Pagemap::shared_len(memory.frames()))?;
+/// let maps = [Pagemap::register(Registration::memory(0, memory), counts, true)?];
+/// let map = lookup(&maps, 0, 255, ME)?; // is not unregistered meanwhile
+/// assert_eq!((map.name(), map.has(255), map.has(256)), ("generic:memfd:1M", true, false));
+/// assert_eq!(map.live(ME).err(), None);
+///
+/// // One frame, held by a driver; a reader has it for a moment.
+/// let hold = map.alloc_held(ME, HolderKind::Driver, 1, 1)?;
+/// let pfn = hold.pfn();
+/// map.get(pfn, ME)?;
+/// assert_eq!((map.count(pfn), map.used()), (2, 1));
+/// assert_eq!(map.holders(pfn)[0].kind, HolderKind::Driver);
+/// map.put(&[pfn], ME);
+/// drop(hold);
+/// assert_eq!(map.get(pfn, ME), Err(RefError::Frame(GetError::Free)), "nothing resurrects it");
+/// assert!(matches!(map.map(ME, pfn, 4096), Err(MapError::Hold(_))), "nor maps it");
+///
+/// map.set_limit(64); // frames from there on are not allocated
+/// assert_eq!(map.limit(), 64);
+///
+/// drop(map);
+/// let map = &maps[0];
+/// let hold = map.map_p2p(ME, map.map_new(ME, 4096, 4096)?.hold().pfn(), 4096)?; // as `map`, also of peer memory
+/// assert!(map.unregister(&mut (), ME, Duration::ZERO).is_err());
+/// assert_eq!(map.live(ME).err(), Some(NotLive::Unregistering));
+/// assert!(map.resume(ME) && map.live(ME).is_ok());
+/// # drop(hold);
+/// # let _type: Option<AllocError> = None;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Pagemap {
     /// Its number in the domain, 0 to 15, which page entries name.
     pub id: u8,
     /// The type.
     pub memory_type: MemoryType,
     /// The counts.
+    #[doc(hidden)]
     pub frames: FrameTable,
     /// Frames from this number on are not allocated; 0: there is no such limit. Shared, as the counts are.
     limit: &'static std::sync::atomic::AtomicU32,
@@ -91,12 +135,15 @@ pub struct Pagemap {
     pub driver: DriverId,
     live: live::Live,
     /// References that are in no page entry.
+    #[doc(hidden)]
     pub ledger: Ledger,
     /// One thread of a process at a time changes the ledger, so that a mark and a record that moves belong together.
     holding: crate::sys::Mutex<()>,
 }
 
 /// Why a pagemap gives no new references.
+///
+/// See the example of [`Pagemap`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotLive {
     /// [`Pagemap::unregister`] has begun.
@@ -108,6 +155,8 @@ pub enum NotLive {
 }
 
 /// Why a frame could not be allocated.
+///
+/// See the example of [`Pagemap`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AllocError {
     /// See [`NotLive`].
@@ -119,6 +168,8 @@ pub enum AllocError {
 }
 
 /// Why a reference could not be had.
+///
+/// See the example of [`Pagemap`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RefError {
     /// See [`NotLive`].
@@ -134,6 +185,8 @@ pub enum RefError {
 
 /// A pagemap that is not unregistered while this lives. Short-lived, like a lock's guard: unregistering waits for it.
 /// Not to be taken into a forked child.
+///
+/// See the example of [`Pagemap`].
 pub struct Live<'a> {
     map: &'a Pagemap,
     owner: Owner,
@@ -155,6 +208,8 @@ impl Drop for Live<'_> {
 
 /// The pagemap of frame `pfn` of device `id`, with a live reference for `owner` (Linux: `get_dev_pagemap`).
 ///
+/// See the example of [`Pagemap`].
+///
 /// # Errors
 /// [`RefError::NoFrame`]; [`RefError::NotLive`] once unregistering has begun.
 pub fn lookup(maps: &[Pagemap], id: u8, pfn: Pfn, owner: Owner) -> Result<Live<'_>, RefError> {
@@ -172,6 +227,16 @@ impl Pagemap {
     /// Whether the frame is in one of its ranges.
     pub fn has(&self, pfn: Pfn) -> bool {
         pfn.checked_add(1).is_some_and(|end| self.frames.covers(pfn, end))
+    }
+
+    /// The frame's reference count: 0 if it is free, or is no frame of this memory.
+    pub fn count(&self, pfn: Pfn) -> u32 {
+        if self.has(pfn) { self.frames.count(pfn) } else { 0 }
+    }
+
+    /// How many frames are in use: have a count above 0.
+    pub fn used(&self) -> usize {
+        self.frames.used()
     }
 
     /// A live reference for `owner`.
@@ -209,6 +274,7 @@ impl Pagemap {
     }
 
     /// Allocates a frame for `owner`, in transit until [`FrameTable::settle`]. `None`: see [`Self::try_alloc`].
+    #[doc(hidden)]
     pub fn alloc(&self, owner: Owner) -> Option<Pfn> {
         self.try_alloc(owner).ok()
     }
@@ -217,6 +283,7 @@ impl Pagemap {
     ///
     /// # Errors
     /// [`AllocError::Full`]; [`AllocError::NotLive`] once unregistering has begun.
+    #[doc(hidden)]
     pub fn try_alloc(&self, owner: Owner) -> Result<Pfn, AllocError> {
         let live = self.live(owner)?;
         live.frames.alloc_below(self.limit(), owner).ok_or(AllocError::Full)
@@ -227,6 +294,7 @@ impl Pagemap {
     ///
     /// # Errors
     /// As [`Self::try_alloc`].
+    #[doc(hidden)]
     pub fn try_alloc_run(&self, owner: Owner, len: u32, align: u32) -> Result<Pfn, AllocError> {
         let live = self.live(owner)?;
         live.frames.alloc_run(owner, len, align).ok_or(AllocError::Full)
@@ -246,6 +314,7 @@ impl Pagemap {
 
     /// One more reference for `owner`, in transit; waits out another's transfer. It is made from one that the caller
     /// holds, so unregistering, which waits for that one, does not refuse it: `fork` cannot fail for it.
+    #[doc(hidden)]
     pub fn get_in_transit(&self, pfn: Pfn, owner: Owner) -> Result<(), GetError> {
         self.frames.get_in_transit_waiting(pfn, owner)
     }
@@ -257,6 +326,7 @@ impl Pagemap {
     }
 
     /// Drops references that transfers hold ([`FrameTable::begin_put`] or an allocation), as [`Self::put`].
+    #[doc(hidden)]
     pub fn put_in_transit(&self, pfns: &[Pfn], owner: Owner) {
         self.put_batches(pfns, owner, true);
     }
@@ -270,6 +340,7 @@ impl Pagemap {
     }
 
     /// The one path at count 0: storage back to the driver, then the frame is free.
+    #[doc(hidden)]
     pub fn free(&self, pfns: &[Pfn], owner: Owner) {
         for batch in pfns.chunks(BATCH) {
             let mut batch: ArrayVec<Pfn, BATCH> = batch.iter().copied().collect();
@@ -285,6 +356,7 @@ impl Pagemap {
     }
 
     /// A process has died (the caller is `owner`): repairs what it had half changed. Before its slot is another's.
+    #[doc(hidden)]
     pub fn repair(&self, dead: Owner, owner: Owner) {
         self.device.ops().repair(owner);
         self.live.forget(dead);
@@ -295,6 +367,7 @@ impl Pagemap {
     /// Loads frames that the caller holds references to, each verified against its checksum and tried again before it is
     /// given up. Returns how many from the start are good, how many attempts went wrong, and what was wrong with
     /// the first that is not good.
+    #[doc(hidden)]
     pub fn load(&self, ops: &mut [LoadOp<'_>]) -> (usize, u64, Result<(), DeviceError>) {
         self.device.load(ops);
         let verify = !self.device.is_memory();

@@ -25,10 +25,30 @@ const NOBODY: Owner = 0;
 const LEDGER: usize = HOLDS * 8;
 
 /// Whose device memory is (Linux: `dev_pagemap.owner`): a driver finds its own pages by it.
+///
+/// See the example of [`PagemapOps`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct DriverId(pub u64);
 
 /// What is to be registered.
+///
+/// ```
+/// use farpage::pagemap::{Pagemap, RegisterError, Registration, SharedArea};
+/// use farpage::device::memory::MemorySpec;
+///
+/// let memory = || "generic:memfd:1M".parse::<MemorySpec>().unwrap().create();
+/// let counts = SharedArea::anonymous(Pagemap::shared_len(256))?;
+/// let what = Registration { ranges: vec![0..64, 128..256], ..Registration::memory(3, memory()?) };
+/// let map = Pagemap::register(what, counts, true)?;
+/// assert!(map.has(63) && !map.has(64) && map.has(128));
+///
+/// // What is wrong is said precisely.
+/// let what = Registration { ranges: vec![0..128, 64..256], ..Registration::memory(4, memory()?) };
+/// let error = Pagemap::register(what, counts, true).unwrap_err();
+/// assert_eq!(error, RegisterError::Overlap(0..128, 64..256));
+/// assert_eq!(error.to_string(), "frames 0..128 and 64..256 overlap");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Registration {
     /// Its number in the domain, 0 to 15.
     pub id: u8,
@@ -51,6 +71,26 @@ impl Registration {
     }
 
     /// All frames of a device that stores and loads pages.
+    ///
+    /// ```
+    /// # use farpage::device::{Device, LoadOp, Owner, Pfn, StoreOp, Sum, Usage};
+    /// # struct Shelf;
+    /// # impl Device for Shelf {
+    /// #     fn name(&self) -> &str { "shelf" }
+    /// #     fn frames(&self) -> u32 { 1024 }
+    /// #     fn store(&self, _: &mut [StoreOp<'_>], _: Owner) {}
+    /// #     fn load(&self, _: &mut [LoadOp<'_>]) {}
+    /// #     fn sum(&self, _: Pfn) -> Sum { Sum::default() }
+    /// #     fn free(&self, _: &[Pfn], _: Owner) {}
+    /// #     fn usage(&self) -> Usage { Usage::default() }
+    /// # }
+    /// use farpage::pagemap::{MemoryType, Pagemap, Registration, SharedArea};
+    ///
+    /// let counts = SharedArea::anonymous(Pagemap::shared_len(1024))?;
+    /// let map = Pagemap::register(Registration::paging(0, Box::new(Shelf)), counts, true)?;
+    /// assert_eq!((map.memory_type, map.used()), (MemoryType::Private, 0));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn paging(id: u8, device: Box<dyn Device>) -> Self {
         let frames = device.frames();
         Self {
@@ -64,6 +104,8 @@ impl Registration {
 }
 
 /// Why memory could not be registered.
+///
+/// See the example of [`Registration`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RegisterError {
     /// Nothing was to be registered.

@@ -17,6 +17,8 @@ const NAMED: usize = 16;
 const ROUND: Duration = Duration::from_millis(20);
 
 /// Who holds references to a frame.
+///
+/// See the example of [`UnregisterError`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Holder {
     /// The process slot.
@@ -28,6 +30,8 @@ pub struct Holder {
 }
 
 /// A frame that somebody holds.
+///
+/// See the example of [`UnregisterError`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
     /// The frame.
@@ -61,6 +65,38 @@ impl fmt::Display for Held {
 }
 
 /// Those who have pages in a pagemap and keep their own records of them (page entries): asked when it is to go.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use farpage::device::memory::MemorySpec;
+/// use farpage::pagemap::{Hold, Holder, HolderKind, Owner, Pagemap, Pfn, Registration, SharedArea, Tenants};
+///
+/// const ME: Owner = 1;
+///
+/// /// Somebody who can do without his frames.
+/// struct Cache<'m>(Vec<Hold<'m>>);
+///
+/// impl Tenants for Cache<'_> {
+///     fn migrate(&mut self, _: &Pagemap, pfns: &[Pfn]) {
+///         self.0.retain(|hold| !pfns.contains(&hold.pfn()));
+///     }
+///     fn holders(&mut self, _: &Pagemap, _: &[Pfn]) -> Vec<(Pfn, Holder)> {
+///         Vec::new() // a hold is in the ledger
+///     }
+/// }
+///
+/// let memory = "generic:memfd:1M".parse::<MemorySpec>()?.create()?;
+/// let counts = SharedArea::anonymous(Pagemap::shared_len(memory.frames()))?;
+/// let map = Pagemap::register(Registration::memory(0, memory), counts, true)?;
+/// let mut cache = Cache(Vec::new());
+/// for _ in 0..10 {
+///     cache.0.push(map.alloc_held(ME, HolderKind::Driver, 1, 1)?);
+/// }
+/// map.unregister(&mut cache, ME, Duration::from_secs(5))?;
+/// assert!(cache.0.is_empty());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait Tenants {
     /// Moves what can be moved out of these frames. Whatever stays is waited for, and asked about again.
     fn migrate(&mut self, map: &Pagemap, pfns: &[Pfn]);
@@ -79,6 +115,27 @@ impl Tenants for () {
 }
 
 /// Why memory could not be taken away.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use farpage::device::memory::MemorySpec;
+/// use farpage::pagemap::{Holder, HolderKind, Owner, Pagemap, Registration, SharedArea, UnregisterError};
+///
+/// const ME: Owner = 1;
+/// let memory = "generic:memfd:1M".parse::<MemorySpec>()?.create()?;
+/// let counts = SharedArea::anonymous(Pagemap::shared_len(memory.frames()))?;
+/// let map = Pagemap::register(Registration::memory(0, memory), counts, true)?;
+/// let mapping = map.map_new(ME, 4096, 4096)?;
+/// match map.unregister(&mut (), ME, Duration::ZERO) {
+///     Err(UnregisterError::Held { held, total: 1, .. }) => {
+///         assert_eq!((held[0].pfn, held[0].refs, held[0].unknown()), (mapping.hold().pfn(), 1, 0));
+///         assert_eq!(held[0].holders, [Holder { owner: ME, kind: HolderKind::Mapping, refs: 1 }]);
+///     }
+///     other => panic!("{other:?}"),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UnregisterError {
     /// Frames are still held. The first of them, and how many there are.

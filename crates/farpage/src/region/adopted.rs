@@ -12,6 +12,8 @@ use crate::space::{FaultMode, Running, Space};
 use crate::sys::{self, Mappings};
 
 /// Memory that a space manages as long as this lives; see [`Running::adopt`].
+///
+/// See the example of [`Running::adopt`].
 #[derive(Debug)]
 pub struct Adopted {
     space: Running,
@@ -26,13 +28,14 @@ impl Running {
     /// A forked child does not have the memory as long as it is adopted.
     ///
     /// ```
-    /// let space = farpage::Domain::builder().dram("8M").device("ram:64M").build()?.start()?;
+    /// let space = farpage::Domain::builder().dram("8M").device("ram:64M").build()?.start_inline()?;
     /// let mut buffer = vec![1u8; 32 << 20];
     /// let page = |at: usize| at.next_multiple_of(4096);
     /// let (start, end) = (buffer.as_ptr() as usize, buffer.as_ptr() as usize + buffer.len());
     /// // The whole pages inside; 32 MiB within 8 MiB of DRAM from now on.
     /// // SAFETY: the buffer stays where it is until `adopted` is dropped.
     /// let adopted = unsafe { space.adopt(page(start)..page(end - 4095))? };
+    /// assert_eq!(adopted.addresses(), page(start)..page(end - 4095));
     /// buffer.iter_mut().for_each(|b| *b += 1);
     /// assert!(buffer.iter().all(|&b| b == 2));
     /// assert!(space.domain.stats().pages_in > 0);

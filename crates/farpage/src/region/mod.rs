@@ -17,6 +17,13 @@ use crate::sys;
 pub use adopted::Adopted;
 
 /// Why there is no region, or not one of that length.
+///
+/// ```
+/// let space = farpage::Domain::builder().dram("8M").build()?.start_inline()?;
+/// let error = space.region::<u64>(usize::MAX).unwrap_err();
+/// assert!(matches!(error, farpage::RegionError::TooLong(_)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RegionError {
     /// The length in bytes does not fit the address space.
@@ -39,11 +46,11 @@ pub enum RegionError {
 ///
 /// A forked child does not have it.
 ///
-/// ```no_run
-/// let space = farpage::Domain::builder().dram("64M").device("ram:1G").build()?.start()?;
-/// let mut v = space.region::<u64>(100 << 20)?;       // 800 MiB
+/// ```
+/// let space = farpage::Domain::builder().dram("8M").device("ram:64M").build()?.start_inline()?;
+/// let mut v = space.region::<u64>(4 << 20)?; // 32 MiB
 /// v.iter_mut().zip(0..).for_each(|(x, i)| *x = i);
-/// assert_eq!(v[50 << 20], 50 << 20);
+/// assert_eq!(v[2 << 20], 2 << 20);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Region<T> {
@@ -58,6 +65,13 @@ pub struct Region<T> {
 impl Running {
     /// A region of `len` zeros. Nothing of it takes memory before it is touched.
     ///
+    /// ```
+    /// let space = farpage::Domain::builder().dram("8M").build()?.start_inline()?;
+    /// let pixels = space.region::<[f32; 4]>(1 << 16)?;
+    /// assert!(pixels.iter().all(|p| *p == [0.0; 4]));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// [`RegionError`].
     pub fn region<T: Zeroable + Copy>(&self, len: usize) -> Result<Region<T>, RegionError> {
@@ -65,6 +79,13 @@ impl Running {
     }
 
     /// A region with the elements `f(0)`, `f(1)`, ….
+    ///
+    /// ```
+    /// let space = farpage::Domain::builder().dram("8M").build()?.start_inline()?;
+    /// let squares = space.region_from_fn(1000, |i| (i * i) as u32)?;
+    /// assert_eq!(squares[31], 961);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`RegionError`].
@@ -109,6 +130,16 @@ impl<T: Zeroable + Copy> Region<T> {
 
     /// Makes it longer or shorter; new elements are zeros. It may move: it is a new slice afterwards.
     ///
+    /// ```
+    /// let space = farpage::Domain::builder().dram("8M").build()?.start_inline()?;
+    /// let mut v = space.region_from_fn(1000, |_| 7u16)?;
+    /// v.resize(1 << 20)?;
+    /// assert_eq!((v[999], v[1000], v.len()), (7, 0, 1 << 20));
+    /// v.resize(10)?;
+    /// assert_eq!(v[..], [7; 10]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// [`RegionError`]; the region is as it was then.
     pub fn resize(&mut self, len: usize) -> Result<(), RegionError> {
@@ -146,6 +177,14 @@ impl<T: Zeroable + Copy> Region<T> {
 
 impl<T> Region<T> {
     /// The space it lives in.
+    ///
+    /// ```
+    /// # let space = farpage::Domain::builder().dram("8M").build()?.start_inline()?;
+    /// let v = space.region::<u8>(1)?;
+    /// drop(space); // the region keeps it alive
+    /// let other = v.space().region::<u8>(1)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn space(&self) -> &Running {
         &self.space
     }
@@ -169,6 +208,13 @@ impl<T> Region<T> {
     }
 
     /// The addresses it occupies: whole pages.
+    ///
+    /// ```
+    /// # let space = farpage::Domain::builder().dram("8M").build()?.start_inline()?;
+    /// let v = space.region::<u8>(5000)?;
+    /// assert_eq!((v.addresses().start, v.addresses().len()), (v.as_ptr() as usize, 8192));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn addresses(&self) -> std::ops::Range<usize> {
         self.start..self.start + self.mapped
     }

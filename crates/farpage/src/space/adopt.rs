@@ -25,6 +25,7 @@ impl Space {
     ///
     /// # Errors
     /// The kernel does not let it be registered; it stays as it was.
+    #[doc(hidden)]
     pub fn adopt(&self, world: &mut World, start: usize, end: usize) -> Result<(), Errno> {
         world.uffd.register(start, end - start)?;
         // From here on nothing more comes without us: who touches an absent page waits for the world.
@@ -57,6 +58,7 @@ impl Space {
 
     /// Lets go of `[start, end)`, managed or not: all of it comes back to DRAM, whatever the budget says, and is the kernel's
     /// from then on. A page that cannot be read back stays poisoned.
+    #[doc(hidden)]
     pub fn release(&self, start: usize, end: usize, hands: &mut Hands) {
         for s in (start..end).step_by(WINDOW) {
             let e = (s + WINDOW).min(end);

@@ -7,6 +7,7 @@ use super::{Space, World};
 
 impl Space {
     /// `MADV_PAGEOUT` (and, without `settle`, `MADV_COLD`): these pages leave DRAM now.
+    #[doc(hidden)]
     pub fn page_out(&self, start: usize, end: usize, settle: bool) {
         let granules: Vec<usize> = (start / GRANULE * GRANULE..end).step_by(GRANULE).take(1 << 16).collect();
         self.leaving.fetch_add(granules.len() as u32, Ordering::SeqCst);
@@ -36,6 +37,7 @@ impl Space {
     }
 
     /// `MADV_WILLNEED`: the worker brings these pages in before they are asked for.
+    #[doc(hidden)]
     pub fn will_need(&self, start: usize, end: usize) {
         let mut ahead = self.ahead.lock();
         let stretch = STRETCH * GRANULE;

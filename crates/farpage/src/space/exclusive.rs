@@ -64,6 +64,7 @@ impl Exclusives {
     /// # Safety
     /// The caller is the only thread of the process.
     #[allow(unsafe_code, reason = "the contract of the lock")]
+    #[doc(hidden)]
     pub unsafe fn renew(&self) {
         // SAFETY: the caller's contract.
         unsafe { self.list.renew(Vec::new()) }
@@ -72,6 +73,8 @@ impl Exclusives {
 }
 
 /// Why exclusive pages could not be used.
+///
+/// See the example of [`Space::exclusive`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ExclusiveError {
     /// The CPU, a fork or an unmapping has taken the page back.
@@ -87,6 +90,8 @@ pub enum ExclusiveError {
 
 /// Pages that a device has to itself, until the CPU touches them. Dropping it ends that; the pages come back when they are
 /// touched.
+///
+/// See the example of [`Space::exclusive`].
 pub struct ExclusiveRange<'a> {
     space: &'a Space,
     taken: Arc<Taken>,
@@ -166,6 +171,26 @@ impl Drop for ExclusiveRange<'_> {
 impl Space {
     /// Takes the pages of `range` (whole pages of managed memory) away from the CPU. What cannot be taken (pinned, read-only, no
     /// page there yet) is not exclusive: ask [`ExclusiveRange::is_still_exclusive`].
+    ///
+    /// ```
+    /// use farpage::Domain;
+    /// use farpage::space::exclusive::ExclusiveError;
+    ///
+    /// let space = Domain::builder().dram("8M").device("mem:16M").build()?.start_inline()?;
+    /// let v = space.region_from_fn(2 << 12, |i| i as u8)?;
+    /// let device = space.exclusive(v.pages(..))?;
+    /// assert_eq!((device.range(), device.pages()), (v.pages(..), 2));
+    ///
+    /// let at = v.as_ptr() as usize;
+    /// let mut bytes = [0; 2];
+    /// device.read(at + 7, &mut bytes)?;
+    /// device.write(at + 7, &[bytes[0] + 1, bytes[1] + 1])?;
+    /// // The CPU looks: the page is its own again, and the device is told so.
+    /// assert_eq!(v[7..9], [8, 9]);
+    /// assert!(!device.is_still_exclusive(at));
+    /// assert_eq!(device.write(at, &[0]), Err(ExclusiveError::Lost(at)));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`MigrateError::Range`].

@@ -34,6 +34,7 @@ impl Space {
     ///
     /// # Errors
     /// No process slot or no memory for the child's entries; the fork must not happen then.
+    #[doc(hidden)]
     pub fn before_fork(&'static self) -> Result<Forking, DomainError> {
         let signals = BlockedSignals::new();
         let child = self.domain.take_slot(0)?;
@@ -111,6 +112,7 @@ impl Space {
     }
 
     /// After the fork, in the parent, also when it failed.
+    #[doc(hidden)]
     pub fn after_fork_in_parent(&self, forking: Forking) {
         let Forking { world, window, child, _signals } = forking;
         window.unmap();
@@ -128,6 +130,7 @@ impl Space {
     ///
     /// # Errors
     /// The child cannot be managed: it must not go on, its absent pages would read as zeros.
+    #[doc(hidden)]
     pub fn after_fork_in_child(&'static self, forking: Forking) -> Result<(), DomainError> {
         use crate::domain::sys_err;
         let Forking { mut world, child, window, _signals } = forking;

@@ -99,11 +99,13 @@ impl Drop for Moving<'_> {
 impl Space {
     /// Whether calls may be under way that write to this process's pages by plain references: then O_DIRECT buffers
     /// have to be held.
+    #[doc(hidden)]
     pub fn must_hold(&self) -> bool {
         !self.domain.may_recycle(self.me())
     }
 
     /// From now on nothing of `[start, end)` leaves DRAM; what is away may come back.
+    #[doc(hidden)]
     pub fn hold(&self, start: usize, end: usize) -> Hold<'_> {
         let hold = Hold { space: self, index: self.holds.take(start, end) };
         self.wait_for_moves();

@@ -41,6 +41,7 @@ impl Space {
     ///
     /// # Errors
     /// ENODEV: the CPU does not reach that device's frames. Else the kernel's; what is mapped stays so.
+    #[doc(hidden)]
     pub fn map_in_place(&self, start: usize, end: usize, device: u8, rights: Rights) -> Result<usize, Errno> {
         // Before the first: who looks for such mappings afterwards finds them.
         self.maps_in_place.store(true, Ordering::SeqCst);
@@ -62,6 +63,7 @@ impl Space {
     ///
     /// # Errors
     /// The kernel's; the pages that are not back yet are where they were.
+    #[doc(hidden)]
     pub fn unmap_in_place(&self, start: usize, end: usize, device: u8) -> Result<usize, Errno> {
         self.unmap_from(start, end, device, true)
     }
@@ -70,6 +72,7 @@ impl Space {
     ///
     /// # Errors
     /// The kernel's.
+    #[doc(hidden)]
     pub fn in_place(&self, start: usize, end: usize) -> Result<Vec<(usize, usize)>, Errno> {
         if !self.maps_in_place.load(Ordering::SeqCst) {
             return Ok(Vec::new());
@@ -203,6 +206,7 @@ impl Space {
     }
 
     /// The parts of `[start, end)` that are managed.
+    #[doc(hidden)]
     pub fn managed_parts(&self, start: usize, end: usize) -> Vec<(usize, usize)> {
         let _signals = crate::sys::BlockedSignals::new();
         let world = self.world.read();

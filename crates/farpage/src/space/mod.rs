@@ -16,17 +16,21 @@ mod audit;
 mod behind;
 pub(crate) mod bits;
 pub mod exclusive;
+#[doc(hidden)]
 pub mod fork;
 mod hold;
 mod in_place;
 mod on_device;
+#[doc(hidden)]
 pub mod ops;
 mod orphan;
 pub mod pin;
 pub(crate) mod puts;
+#[doc(hidden)]
 pub mod range;
 mod remap;
 mod running;
+#[doc(hidden)]
 pub mod slots;
 pub mod snapshot;
 
@@ -34,7 +38,9 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::{MutexGuard, OnceLock, PoisonError};
 
+#[doc(hidden)]
 pub use hold::Hold;
+#[doc(hidden)]
 pub use on_device::OnDevice;
 use range::{Found, Ranges, flag};
 pub use running::Running;
@@ -57,6 +63,7 @@ const STACK_BELOW: usize = 64 << 10;
 const STACK_ABOVE: usize = 8 << 10;
 
 /// What is replaced as a whole: the ranges, and the descriptors, which a forked child opens anew.
+#[doc(hidden)]
 pub struct World {
     /// The managed ranges.
     pub ranges: Ranges,
@@ -71,6 +78,8 @@ pub struct World {
 }
 
 /// Who resolves the faults of a space.
+///
+/// Chosen by [`Domain::start`] or [`Domain::start_inline`]: see the example of [`Domain::start`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FaultMode {
     /// The manager's handler threads, told by userfaultfd messages. System calls into pages that are away work.
@@ -84,16 +93,41 @@ pub enum FaultMode {
 type Starter = Box<dyn Fn(usize) -> bool + Send + Sync>;
 
 /// The manager of one process's address space.
+///
+/// An embedding program has one inside of a [`Running`], which derefs to it. Ranges are addresses in whole pages of 4 KiB, such
+/// as [`Region::pages`](crate::Region::pages) gives.
+///
+/// ```
+/// use farpage::{Domain, Pin, Target};
+///
+/// let space = Domain::builder().dram("8M").device("mem:16M").build()?.start_inline()?;
+/// let v = space.region_from_fn(1 << 16, |i| i as u64)?;
+/// let pages = v.pages(..);
+/// assert!(space.manages(pages.start, pages.end));
+///
+/// let pin = space.pin(v.pages(..512), Pin::LongTerm, false)?;
+/// assert_eq!((space.pinned(), space.pinned_long_term()), (1, 1));
+/// // All but the page that is pinned leave DRAM.
+/// let report = space.migrate(pages.clone(), Target::Device(0))?;
+/// assert_eq!((report.moved(), report.refused().count()), (127, 1));
+/// drop(pin);
+/// let there = space.snapshot(pages)?;
+/// assert_eq!(there.iter().filter(|page| page.place == farpage::space::snapshot::Place::System).count(), 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Space {
     /// The domain it belongs to.
     pub domain: Domain,
     me: AtomicU32,
     /// Its page entries.
+    #[doc(hidden)]
     pub entries: Entries,
     window: SharedMap,
     /// See the module's text.
+    #[doc(hidden)]
     pub world: RwLock<World>,
     /// Staging slots and free frames.
+    #[doc(hidden)]
     pub slots: Slots,
     /// Granules in order of arrival: stamp and address.
     queue: std::sync::Mutex<VecDeque<(u64, usize)>>,
@@ -103,6 +137,7 @@ pub struct Space {
     /// Held while granules change between granted and registered.
     pub(crate) grants: std::sync::Mutex<()>,
     /// The budget was exhausted at some time: frames circulate, reclaim keeps a stock.
+    #[doc(hidden)]
     pub pressure: AtomicBool,
     descriptors: [AtomicI32; 4],
     /// Not set in a child that nobody prepared: there all this is the parent's.
@@ -167,6 +202,7 @@ impl Space {
     ///
     /// # Errors
     /// [`DomainError`]: no slot, no userfaultfd, no memory for the tables.
+    #[doc(hidden)]
     pub fn new(domain: Domain) -> Result<Self, DomainError> {
         Self::with_mode(domain, FaultMode::Threaded)
     }
@@ -175,6 +211,7 @@ impl Space {
     ///
     /// # Errors
     /// As [`Space::new`].
+    #[doc(hidden)]
     pub fn with_mode(domain: Domain, mode: FaultMode) -> Result<Self, DomainError> {
         let me = domain.take_slot(std::process::id())?;
         let window = domain.map_window(me)?;
@@ -230,21 +267,25 @@ impl Space {
     }
 
     /// This process's slot number.
+    #[doc(hidden)]
     pub fn me(&self) -> Owner {
         self.me.load(Ordering::Relaxed) as Owner
     }
 
     /// This process's slot.
+    #[doc(hidden)]
     pub fn slot(&self) -> &'static Slot {
         self.domain.slot(self.me())
     }
 
     /// Descriptors of the manager, which the program must not close.
+    #[doc(hidden)]
     pub fn descriptors(&self) -> [i32; 4] {
         self.descriptors.each_ref().map(|d| d.load(Ordering::Relaxed))
     }
 
     /// Whether a descriptor is the manager's.
+    #[doc(hidden)]
     pub fn owns_descriptor(&self, fd: i32) -> bool {
         self.descriptors.iter().any(|d| d.load(Ordering::Relaxed) == fd)
     }
@@ -258,12 +299,14 @@ impl Space {
 
     /// Whether this is the process (or the prepared child) that this manager belongs to. In a child that was forked past
     /// the C library nothing of it may be used.
+    #[doc(hidden)]
     pub fn is_mine(&self) -> bool {
         self.mark.is_set()
     }
 
     /// The manager's threads are there: from now on faults are answered. `starter` starts handler number so-and-so, on a
     /// manager thread; false: it cannot.
+    #[doc(hidden)]
     pub fn set_running(&self, starter: impl Fn(usize) -> bool + Send + Sync + 'static) {
         let _the_same = self.starter.set(Box::new(starter));
         self.running.store(true, Ordering::Release);
@@ -275,6 +318,7 @@ impl Space {
     }
 
     /// The manager's threads end as soon as they have done what they are at. From then on faults are not answered.
+    #[doc(hidden)]
     pub fn stop(&self) {
         self.stop.pull();
         self.faults.follow.wake_all();
@@ -307,21 +351,36 @@ impl Space {
 
     /// Whether a fault brings in, besides the page that was touched, those that are likely to be touched next (it does unless told
     /// otherwise).
+    ///
+    /// ```
+    /// use farpage::{Domain, Target};
+    ///
+    /// let space = Domain::builder().dram("8M").device("mem:16M").build()?.start_inline()?;
+    /// space.set_fault_around(false); // for accesses without any order
+    /// let v = space.region_from_fn(1 << 16, |i| i as u64)?;
+    /// space.migrate(v.pages(..), Target::Device(0))?;
+    /// assert_eq!(v[5 * 512], 5 * 512);
+    /// assert_eq!(space.domain.stats().pages_in, 1);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn set_fault_around(&self, around: bool) {
         self.one_by_one.store(!around, Ordering::Relaxed);
     }
 
     /// Whether an address is in the manager's tables or slots.
+    #[doc(hidden)]
     pub fn is_own(&self, addr: usize) -> bool {
         addr.wrapping_sub(self.window.addr()) < WINDOW || self.slots.holds(addr) || self.domain.maps(addr)
     }
 
     /// With `--strict`: whether a new mapping of `len` bytes finds no room any more.
+    #[doc(hidden)]
     pub fn refuses(&self, _len: usize) -> bool {
         self.domain.config.strict && self.full.load(Ordering::Relaxed)
     }
 
     /// Adds to one of this process's counters.
+    #[doc(hidden)]
     pub fn count(&self, c: Counter, n: u64) {
         self.slot().count(c, n);
     }

@@ -9,6 +9,7 @@ use crate::sys::BlockedSignals;
 
 /// A page that is on a device and not in DRAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[doc(hidden)]
 pub struct OnDevice {
     /// Its address.
     pub addr: usize,
@@ -22,6 +23,7 @@ pub struct OnDevice {
 
 impl Space {
     /// The pages of `[start, end)` that are on devices, in the order of addresses.
+    #[doc(hidden)]
     pub fn on_devices(&self, start: usize, end: usize) -> Vec<OnDevice> {
         let _signals = BlockedSignals::new();
         let world = self.world.read();
@@ -39,6 +41,7 @@ impl Space {
     }
 
     /// Whether a thread of this process is the manager's.
+    #[doc(hidden)]
     pub fn is_manager_thread(&self, tid: u32) -> bool {
         self.faults.is_manager(tid)
     }

@@ -22,6 +22,7 @@ const EARLY: usize = 4 << 20;
 impl Space {
     /// Runs `f` with the world held: no fault is resolved and no page moves meanwhile. Signals wait until it is over,
     /// so that no handler meets a held lock.
+    #[doc(hidden)]
     pub fn change<R>(&self, f: impl FnOnce(&mut World) -> R) -> R {
         let signals = crate::sys::BlockedSignals::new();
         let result = {
@@ -65,6 +66,7 @@ impl Space {
 
     /// Manages a fresh private anonymous mapping. As much of it as the budget allows without a thought is left
     /// to the kernel, the rest is registered. On an error it stays an ordinary mapping.
+    #[doc(hidden)]
     pub fn add(&self, world: &mut World, start: usize, end: usize) -> Result<(), Errno> {
         self.forget_predecessor(world, start, end);
         let pages = ((end - start) / PAGE_SIZE) as u64;
@@ -116,6 +118,7 @@ impl Space {
     }
 
     /// After `[start, end)` was unmapped or replaced: our part of it, but for the charge ([`Space::charge_of`]).
+    #[doc(hidden)]
     pub fn forget(&self, world: &mut World, start: usize, end: usize) {
         if world.ranges.overlapping(start, end).next().is_none() {
             return;
@@ -129,6 +132,7 @@ impl Space {
     }
 
     /// Pages in DRAM that `[start, end)` is charged for. Call it before the kernel drops them.
+    #[doc(hidden)]
     pub fn charge_of(&self, world: &World, start: usize, end: usize) -> u64 {
         let mut pages = 0;
         for (f, s, e) in world.ranges.granules(start, end) {
@@ -155,6 +159,7 @@ impl Space {
     }
 
     /// `munmap` (or any call that replaces what is mapped at `[start, end)`), with the kernel's part in `call`.
+    #[doc(hidden)]
     pub fn unmap<R>(
         &self,
         world: &mut World,
@@ -230,6 +235,7 @@ impl Space {
     }
 
     /// `madvise` that drops pages, with the kernel's part in `call`.
+    #[doc(hidden)]
     pub fn discard<R>(
         &self,
         world: &mut World,
@@ -422,6 +428,7 @@ impl Space {
     }
 
     /// `MADV_DONTFORK` and `MADV_WIPEONFORK` (or their opposites): whether a child gets this range from us.
+    #[doc(hidden)]
     pub fn set_fork(&self, world: &mut World, start: usize, end: usize, not_for_children: bool) {
         self.unstage_edges(world, start, end);
         world.ranges.cut(start, end).for_each(|r| r.not_for_children = not_for_children);

@@ -30,6 +30,8 @@ use crate::reclaim::Hands;
 use crate::sys::Mappings;
 
 /// For how long pages may stay pinned.
+///
+/// See the example of [`Space::pin`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pin {
     /// For a transfer.
@@ -39,6 +41,8 @@ pub enum Pin {
 }
 
 /// Why pages could not be pinned. Nothing is pinned then.
+///
+/// See the example of [`Space::pin`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PinError {
     /// Not whole pages, none at all, or beyond the address space.
@@ -167,6 +171,8 @@ impl Pins {
 }
 
 /// Pages in DRAM that stay where they are while this lives.
+///
+/// See the example of [`Space::pin`].
 pub struct PinnedRange<'a> {
     space: &'a Space,
     range: Range<usize>,
@@ -243,6 +249,26 @@ impl Space {
     /// Brings the pages of `range` (whole pages of managed memory) into DRAM and keeps them there, at their addresses, until
     /// the result is dropped. `write`: they are going to be written, by a system call or a device, so a page that is
     /// shared since a fork becomes this process's own first.
+    ///
+    /// ```
+    /// use farpage::{Domain, Pin, PinError};
+    ///
+    /// let space = Domain::builder().dram("8M").device("ram:64M").max_pinned(2 << 20).build()?.start_inline()?;
+    /// let mut v = space.region_from_fn(32 << 20, |i| i as u8)?; // most of it is away
+    ///
+    /// let pin = space.pin(v.pages(..1 << 20), Pin::Short, true)?;
+    /// assert_eq!((pin.addr(), pin.len(), pin.is_empty()), (v.as_ptr() as usize, 1 << 20, false));
+    /// assert_eq!((pin.kind(), pin.is_writable()), (Pin::Short, true));
+    /// // SAFETY: nobody else uses the region.
+    /// assert_eq!(unsafe { pin.as_slice() }[300], 44);
+    /// // A system call may write there; in an inline space it needs the pin.
+    /// std::io::Read::read_exact(&mut std::fs::File::open("/dev/zero")?, &mut v[..4096])?;
+    /// assert_eq!(v[300], 0);
+    ///
+    /// let error = space.pin(v.pages(..2 << 20), Pin::LongTerm, false).err();
+    /// assert_eq!(error, Some(PinError::Limit { asked: 512, pinned: 256, limit: 512 }));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`PinError`]; nothing is pinned then.

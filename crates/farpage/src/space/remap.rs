@@ -10,6 +10,7 @@ use crate::domain::entry::Entry;
 impl Space {
     /// `mremap`, with the kernel's part in `call` (old address and length, new length, and where to if fixed).
     /// `keep_old`: `MREMAP_DONTUNMAP`.
+    #[doc(hidden)]
     pub fn remap(
         &self,
         world: &mut World,

@@ -15,6 +15,22 @@ type Threads = Arc<Mutex<Vec<JoinHandle<()>>>>;
 /// threads end and everything is given back.
 ///
 /// A child that `fork` makes does not have the space's memory, and must not use this.
+///
+/// ```
+/// use farpage::{Domain, Running};
+///
+/// fn average(space: &Running) -> Result<u64, farpage::RegionError> {
+///     let v = space.region_from_fn(1 << 16, |i| i as u64)?;
+///     Ok(v.iter().sum::<u64>() / v.len() as u64)
+/// }
+///
+/// let space = Domain::builder().dram("8M").build()?.start_inline()?;
+/// // It is `Send` and `Sync`.
+/// let other = space.clone();
+/// let sum = std::thread::spawn(move || average(&other)).join().unwrap()?;
+/// assert_eq!(sum, average(&space)?);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct Running(Arc<Inner>);
 
@@ -29,6 +45,22 @@ struct Inner {
 impl Domain {
     /// Starts a space whose faults are resolved by threads of the manager: everything works in it, system calls included.
     ///
+    /// ```
+    /// use farpage::Domain;
+    /// use farpage::space::FaultMode;
+    ///
+    /// let space = match Domain::builder().dram("8M").device("ram:32M").build()?.start() {
+    ///     Ok(space) => space,
+    ///     Err(why) => return Ok(println!("skipped: {why}")), // full userfaultfd is a privilege
+    /// };
+    /// assert_eq!(space.mode(), FaultMode::Threaded);
+    /// let mut v = space.region::<u8>(16 << 20)?;
+    /// // System calls work on pages that are away.
+    /// let n = std::io::Read::read(&mut std::fs::File::open("/proc/self/exe")?, &mut v[1 << 20..])?;
+    /// assert!(n > 0 && v[1 << 20..].starts_with(b"\x7fELF"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// No userfaultfd (see `farpage doctor`), no memory for the tables, no threads.
     pub fn start(self) -> Result<Running, DomainError> {
@@ -37,6 +69,15 @@ impl Domain {
 
     /// Starts a space whose faults are resolved by the threads that make them: about twice as fast, and any process may do
     /// it; but a system call that meets a page that is away fails with EFAULT, so what is given to one is pinned first.
+    ///
+    /// ```
+    /// let space = farpage::Domain::builder().dram("8M").device("ram:32M").build()?.start_inline()?;
+    /// assert_eq!(space.mode(), farpage::space::FaultMode::Inline);
+    /// let v = space.region_from_fn(2 << 20, |i| i as u64)?;
+    /// assert!(v.iter().enumerate().all(|(i, &x)| x == i as u64));
+    /// assert!(space.domain.stats().faults_device > 0);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// As [`Domain::start`].

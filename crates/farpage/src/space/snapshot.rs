@@ -10,6 +10,8 @@ use crate::migrate::{MigrateError, check};
 use crate::sys::{Kind, Mappings};
 
 /// Where a page is.
+///
+/// See the example of [`Space::snapshot`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Place {
     /// Nothing is mapped there.
@@ -34,6 +36,8 @@ pub enum Place {
 }
 
 /// A page, as [`Space::snapshot`] finds it.
+///
+/// See the example of [`Space::snapshot`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PageState {
     /// Where it is.
@@ -94,6 +98,25 @@ impl PageState {
 impl Space {
     /// What each page of `range` (whole pages) is. A picture of a moment for each granule of 64 pages, not of one moment for all
     /// of them.
+    ///
+    /// ```
+    /// use farpage::space::snapshot::Place;
+    /// use farpage::{Domain, Pin, Target};
+    ///
+    /// let space = Domain::builder().dram("8M").device("mem:16M").build()?.start_inline()?;
+    /// let mut v = space.region::<u8>(3 << 12)?;
+    /// v[0] = 1;
+    /// v[1 << 12] = 1;
+    /// let pin = space.pin(v.pages(..1), Pin::Short, false)?;
+    /// space.migrate(v.pages(1 << 12..2 << 12), Target::Device(0))?;
+    ///
+    /// let pages = space.snapshot(v.pages(..))?;
+    /// assert_eq!(pages.iter().map(|p| p.place).collect::<Vec<_>>(), [Place::System, Place::Device(0), Place::Hole]);
+    /// assert!(pages.iter().all(|p| p.managed() && p.readable() && p.writable()));
+    /// assert!(pages[0].pinned() && pages[0].dirty() && !pages[1].dirty());
+    /// assert!(!pages[0].huge() && !pages[0].exclusive());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// [`MigrateError::Range`].

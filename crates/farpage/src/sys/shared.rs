@@ -97,6 +97,7 @@ impl SharedMap {
     }
 
     /// Address of the first byte.
+    #[doc(hidden)]
     pub fn addr(&self) -> usize {
         self.base.as_ptr() as usize
     }
@@ -128,6 +129,7 @@ impl<const N: usize> Buffer<N> {
 
     /// Copies `len` bytes (at most `N`) of the area from `offset` in; what was there before is gone. As in
     /// [`SharedArea::read`], they may be a mix.
+    #[doc(hidden)]
     pub fn read(&mut self, area: SharedArea, offset: usize, len: usize) {
         let len = len.min(N);
         assert!(offset.checked_add(len).is_some_and(|end| end <= area.len));
@@ -140,6 +142,7 @@ impl<const N: usize> Buffer<N> {
     }
 
     /// The bytes read.
+    #[doc(hidden)]
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: the first `len` bytes have been written by `read`.
         unsafe { std::slice::from_raw_parts(self.bytes.as_ptr().cast(), self.len) }
@@ -148,6 +151,14 @@ impl<const N: usize> Buffer<N> {
 
 /// A window of shared memory. Views are atomics, which any number of processes may use at once, or raw
 /// bytes, for which the user keeps others away.
+///
+/// ```
+/// use farpage::pagemap::SharedArea;
+///
+/// let area = SharedArea::anonymous(1 << 20)?;
+/// assert_eq!((area.len(), area.is_empty()), (1 << 20, false));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub struct SharedArea {
     base: NonNull<u8>,
@@ -185,6 +196,7 @@ impl SharedArea {
     }
 
     /// Splits off the first `len` bytes, rounded up to 64 (a cache line): `(first, rest)`.
+    #[doc(hidden)]
     pub fn split(&self, len: usize) -> (SharedArea, SharedArea) {
         let at = len.next_multiple_of(64);
         assert!(at <= self.len, "shared area too small");
@@ -194,6 +206,7 @@ impl SharedArea {
     }
 
     /// The part `[offset, offset + len)`. Panics if it lies outside.
+    #[doc(hidden)]
     pub fn part(&self, offset: usize, len: usize) -> SharedArea {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.len));
         // SAFETY: inside the area, as just checked.
@@ -201,6 +214,7 @@ impl SharedArea {
     }
 
     /// The area as 32-bit atomics.
+    #[doc(hidden)]
     pub fn atomics32(&self) -> &'static [AtomicU32] {
         assert!(self.base.as_ptr().cast::<AtomicU32>().is_aligned());
         // SAFETY: mapped for ever, aligned (just checked), and atomics may be shared by any number of users.
@@ -208,6 +222,7 @@ impl SharedArea {
     }
 
     /// The area as 64-bit atomics.
+    #[doc(hidden)]
     pub fn atomics64(&self) -> &'static [AtomicU64] {
         assert!(self.base.as_ptr().cast::<AtomicU64>().is_aligned());
         // SAFETY: as for `atomics32`.
@@ -216,12 +231,14 @@ impl SharedArea {
 
     /// Makes the kernel provide the memory of `[offset, offset + len)` (whole pages) now, in one call. An error
     /// (no memory, no space on the file system) is what would have been a SIGBUS at the first touch.
+    #[doc(hidden)]
     pub fn populate(&self, offset: usize, len: usize) -> rustix::io::Result<()> {
         self.advise(offset, len, rustix::mm::Advice::LinuxPopulateWrite)
     }
 
     /// Gives the memory of `[offset, offset + len)` (whole pages) back to the kernel, in every process. The bytes
     /// read as zero afterwards, and take memory again when they are touched.
+    #[doc(hidden)]
     pub fn give_back(&self, offset: usize, len: usize) -> rustix::io::Result<()> {
         self.advise(offset, len, rustix::mm::Advice::LinuxRemove)
     }
@@ -234,6 +251,7 @@ impl SharedArea {
     }
 
     /// Address of the first byte: for the system calls and for [`SharedArea::bytes`].
+    #[doc(hidden)]
     pub fn addr(&self) -> usize {
         self.base.as_ptr() as usize
     }
@@ -242,6 +260,7 @@ impl SharedArea {
     ///
     /// Another process may be writing them (an object that was moved while we read): the result may then
     /// be a mix, which the caller finds by checksum.
+    #[doc(hidden)]
     pub fn read(&self, offset: usize, out: &mut [u8]) {
         assert!(offset.checked_add(out.len()).is_some_and(|end| end <= self.len));
         // SAFETY: inside the area; `out` is ours. Racing writers are other processes or are kept away by the
@@ -250,6 +269,7 @@ impl SharedArea {
     }
 
     /// Copies bytes in. The caller owns the target (an extent that he allocated).
+    #[doc(hidden)]
     pub fn write(&self, offset: usize, data: &[u8]) {
         assert!(offset.checked_add(data.len()).is_some_and(|end| end <= self.len));
         // SAFETY: inside the area; the caller owns the extent, so nobody else writes it.
@@ -260,6 +280,7 @@ impl SharedArea {
     ///
     /// # Safety
     /// Nobody may write them while the slice lives (the caller holds a reference to the frame they belong to).
+    #[doc(hidden)]
     pub unsafe fn bytes(&self, offset: usize, len: usize) -> &'static [u8] {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.len));
         // SAFETY: inside the area, mapped for ever; exclusion is the caller's part of the contract.

@@ -20,6 +20,8 @@ const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 const COPY_ON_WRITE: [u64; 3] = [0x9123_683e, 0xca45_1a4e, 0x2fc1_2fc1];
 
 /// Why memory could not be set up.
+///
+/// See the example of [`MemorySpec`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryError {
     /// A system call.
@@ -78,6 +80,7 @@ pub enum MemoryError {
 }
 /// What memory is like that is mapped in place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[doc(hidden)]
 pub struct InPlace {
     /// Bytes.
     pub size: u64,
@@ -139,6 +142,7 @@ impl MemorySpec {
     }
 
     /// Whether it takes the machine's ordinary memory.
+    #[doc(hidden)]
     pub fn takes_memory(&self) -> bool {
         matches!(self.source, Source::Memfd | Source::Node(_))
     }
@@ -147,6 +151,7 @@ impl MemorySpec {
     ///
     /// # Errors
     /// See [`MemoryError`].
+    #[doc(hidden)]
     pub fn available(&self) -> Result<u64, MemoryError> {
         if !matches!(self.source, Source::Path(_)) {
             return Err(MemoryError::NoSize(self.to_string()));
@@ -160,6 +165,8 @@ impl MemorySpec {
     }
 
     /// Opens or makes the memory.
+    ///
+    /// See the example of [`MemorySpec`].
     ///
     /// # Errors
     /// See [`MemoryError`].
@@ -191,6 +198,7 @@ impl MemorySpec {
     ///
     /// # Errors
     /// See [`MemoryError`].
+    #[doc(hidden)]
     pub fn create_backing(&self) -> Result<OwnedFd, MemoryError> {
         let new = match &self.source {
             Source::Path(path) => (!path.exists()).then_some(path),
@@ -218,6 +226,7 @@ impl MemorySpec {
     ///
     /// # Errors
     /// See [`MemoryError`].
+    #[doc(hidden)]
     pub fn attach(&self, path: &str) -> Result<DeviceMemory, MemoryError> {
         let size = self.size.ok_or_else(|| MemoryError::NoSize(self.to_string()))?;
         let steady = SteadyFile::open(path, OFlags::RDWR).map_err(self.failed("open it in this process"))?;
@@ -244,6 +253,7 @@ impl MemorySpec {
     ///
     /// # Errors
     /// See [`MemoryError`].
+    #[doc(hidden)]
     pub fn in_place(&self) -> Result<(DeviceMemory, InPlace), MemoryError> {
         let file = self.open().map_err(self.failed("open it"))?;
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).map_err(|errno| match errno {

@@ -9,6 +9,8 @@ use crate::device::spec::split_dir;
 use crate::size::{SizeError, format_size};
 
 /// Where memory comes from.
+///
+/// See the example of [`MemorySpec`].
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Source {
     /// Anonymous memory.
@@ -22,6 +24,22 @@ pub enum Source {
 }
 
 /// Which memory, and how much.
+///
+/// ```
+/// use farpage::device::MemoryType;
+/// use farpage::device::memory::{MemoryError, MemorySpec, MemorySpecError, Source};
+///
+/// let spec: MemorySpec = "generic:memfd:4M".parse()?;
+/// assert_eq!((spec.memory_type, &spec.source, spec.size), (MemoryType::Generic, &Source::Memfd, Some(4 << 20)));
+/// let memory = spec.create()?;
+/// assert_eq!((memory.memory_type(), memory.frames(), memory.frame_size()), (MemoryType::Generic, 1024, 4096));
+/// assert_eq!(memory.in_use()?, 0, "no page of it has been used");
+///
+/// assert_eq!("disk:1M".parse::<MemorySpec>(), Err(MemorySpecError::Unknown("disk:1M".into())));
+/// let error = "generic:/dev/dax99.0".parse::<MemorySpec>()?.create().err().unwrap();
+/// assert!(matches!(error, MemoryError::Sys { .. }), "{error}");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct MemorySpec {
     /// `Generic`, `Coherent` or `P2pDma`.
@@ -33,6 +51,8 @@ pub struct MemorySpec {
 }
 
 /// Why a text is not such memory.
+///
+/// See the example of [`MemorySpec`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MemorySpecError {
     /// No such kind.
