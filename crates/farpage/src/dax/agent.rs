@@ -19,6 +19,7 @@ pub fn start(table: &Arc<Table>, life: &'static AtomicU32) -> Result<JoinHandle<
     let _blocked = BlockedSignals::new();
     let thread =
         std::thread::Builder::new().name("farpage-dax".into()).stack_size(128 << 10).spawn(move || {
+            let _goes_on = OrEnds;
             hold_for_life(life);
             let _who_waits = up.send(());
             run(&table, event);
@@ -27,6 +28,18 @@ pub fn start(table: &Arc<Table>, life: &'static AtomicU32) -> Result<JoinHandle<
     let thread = thread.map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::AGAIN))?;
     is_up.recv().map_err(|_| Errno::AGAIN)?;
     Ok(thread)
+}
+
+/// A panic in the agent (or in a function of the user's that it calls) ends the process: with the life sign gone, others
+/// would give back the references of a process that goes on.
+struct OrEnds;
+
+impl Drop for OrEnds {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            crate::sys::fatal("the thread that looks after DAX files has panicked");
+        }
+    }
 }
 
 /// Until the table is dropped.

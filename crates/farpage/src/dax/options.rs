@@ -105,7 +105,8 @@ impl DaxOptions {
 
     /// Allows long-term pins: `revoke` is called, in a thread of farpage's, when somebody wants to change pages
     /// that are pinned for long, with their bytes in the file. It has them given up soon, here or elsewhere, and
-    /// returns soon; as long as they are not, the change waits.
+    /// returns soon; as long as they are not, the change waits. It must not change the file itself, nor panic, which ends
+    /// the process.
     #[must_use]
     pub fn on_revoke(mut self, revoke: impl Fn(Range<u64>) + Send + Sync + 'static) -> Self {
         self.revoke = Some(Arc::new(revoke));

@@ -37,6 +37,8 @@ const MAGIC: u32 = 0xfa5d_0001;
 mod word {
     pub const MAGIC: usize = 0;
     pub const PAGES: usize = 1;
+    /// More than pages if huge pages have frames, too.
+    pub const FRAMES: usize = 9;
     pub const LOCK: usize = 2;
     pub const EVENT: usize = 3;
     pub const SIZE_LOCK: usize = 4;
@@ -185,12 +187,13 @@ impl Table {
     }
 
     /// This process's table of that name: the one it has, or one that it joins or makes, with counts for at least
-    /// `frames` pages (of a file: a multiple of [`TABLE_ALIGN`](super::refs::TABLE_ALIGN)) if nobody else uses it yet. `file` is for people. `looks`: only to see who uses it, which makes
-    /// nobody a user.
+    /// `pages` pages (of a file: a multiple of [`TABLE_ALIGN`](super::refs::TABLE_ALIGN)) if nobody else uses it yet.
+    /// `file` is its name, for people; `memory`: it is a device. `looks`: only to see who uses it, which makes nobody a
+    /// user.
     pub(super) fn attach(
         path: &Path,
         file: &Path,
-        frames: u32,
+        pages: u32,
         memory: Option<DeviceMemory>,
         looks: bool,
     ) -> Result<Arc<Self>, TableError> {
@@ -204,7 +207,7 @@ impl Table {
         }
         let joining = {
             let _files = FILES.lock();
-            Self::join(path, file, frames, memory)
+            Self::join(path, file, pages, memory)
         };
         let (table, started) = joining?;
         started?;
@@ -219,7 +222,7 @@ impl Table {
     fn join(
         path: &Path,
         name: &Path,
-        frames: u32,
+        pages: u32,
         memory: Option<DeviceMemory>,
     ) -> Result<(Arc<Self>, Result<(), Errno>), TableError> {
         let file = open_locked(path)?;
@@ -228,18 +231,17 @@ impl Table {
         if size < HEAD + SLOTS || head.word(word::MAGIC) == 0 || !any_alive(&file, &head)? {
             // Nobody's: whatever is in it was left by the dead.
             rustix::fs::ftruncate(&file, 0)?;
-            size = HEAD + SLOTS + Pagemap::shared_len(frames_of(frames));
+            size = HEAD + SLOTS + Pagemap::shared_len(frames_of(pages));
             rustix::fs::ftruncate(&file, size as u64)?;
-            head.begin(name, frames);
+            // A device's memory is handed out by the page.
+            head.begin(name, pages, if memory.is_some() { pages } else { frames_of(pages) });
         } else if head.word(word::MAGIC) != MAGIC {
             return Err(TableError::Version);
         }
-        let pages = head.word(word::PAGES);
+        let (pages, frames) = (head.word(word::PAGES), head.word(word::FRAMES));
         if size != HEAD + SLOTS + Pagemap::shared_len(frames_of(pages)) {
             return Err(TableError::Version);
         }
-        // A device's memory is handed out by the page.
-        let frames = if memory.is_some() { pages } else { frames_of(pages) };
         let create = head.word(word::MAGIC) == 0;
         let body = SharedMap::new(&file, HEAD as u64, size - HEAD)?;
         let table = Arc::new(OnceLock::new());
@@ -332,7 +334,7 @@ impl Table {
 
     /// Whether huge pages have frames.
     pub(super) fn has_huge(&self) -> bool {
-        self.pagemap.memory_type == MemoryType::FsDax
+        self.pagemap.frames.len() > self.pages as usize
     }
 
     /// One at a time enters cuts, and cleans up.
@@ -553,13 +555,14 @@ impl Head {
         self.words()[i].load(Ordering::Acquire)
     }
 
-    fn begin(&self, file: &Path, pages: u32) {
+    fn begin(&self, file: &Path, pages: u32, frames: u32) {
         use std::os::unix::ffi::OsStrExt;
         let name = file.as_os_str().as_bytes();
         let name = &name[..name.len().min(PATH.len())];
         self.area().write(PATH.start, name);
         self.words()[word::PATH_LEN].store(name.len() as u32, Ordering::Relaxed);
         self.words()[word::PAGES].store(pages, Ordering::Relaxed);
+        self.words()[word::FRAMES].store(frames, Ordering::Relaxed);
     }
 
     /// All is in place.
