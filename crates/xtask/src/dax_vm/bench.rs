@@ -30,6 +30,8 @@ pub struct Bench {
     pub system: Archive,
     /// Seconds for each test that goes on for a while.
     pub seconds: u32,
+    /// Only cases with this in their names, on file systems.
+    pub only: String,
     /// Seconds after which a run of the test program is killed.
     pub limit: u32,
     /// How long a boot may take.
@@ -155,7 +157,7 @@ impl Bench {
     }
 
     fn initramfs(&self, plan: &Plan<'_>) -> Result<PathBuf, VmError> {
-        let mut script = format!("seconds={}\nlimit={}\n", self.seconds, self.limit);
+        let mut script = format!("seconds={}\nlimit={}\nonly='{}'\n", self.seconds, self.limit, self.only);
         for (name, commands) in &plan.scripts {
             // Writing to a String does not fail.
             let _ = writeln!(script, "begin {name}\n{commands}\nend {name}");

@@ -144,7 +144,7 @@ prepare() {
 # is to make of its files: dax, page-cache or refused. Afterwards it can be unmounted and is consistent.
 file_system() {
     if prepare "$1" main "$2" "$3" /mnt/main; then
-        run_suite run --dir /mnt/main --expect "$4" --seconds "$seconds"
+        run_suite run --dir /mnt/main --expect "$4" --seconds "$seconds" ${only:+--only "$only"}
         [ "$4" = refused ] || over_remount "$1" "$3" "$4"
     fi
     try "unmount main" unmounted main && try "check main" check_fs "$1" main
@@ -180,20 +180,7 @@ device_dax() {
     found=$(cat "/sys/bus/dax/devices/$device/align")
     echo "::mounted /dev/$device size $(cat "/sys/bus/dax/devices/$device/size") align $found"
     try "align of $device" [ "$found" = "$2" ]
-    run_suite devdax --device "/dev/$device"
-}
-
-# fuse_server: the test program serves a file system in /mnt/fuse whose files are pages of a file on ext4 with DAX.
-fuse_server() {
-    if ! "$suite" fuse --help >/dev/null 2>&1; then
-        echo "SKIPPED fuse: the test program does not serve a file system"
-        return
-    fi
-    if prepare ext4 main "-b 4096" dax=always /mnt/main; then
-        run_suite fuse --dir /mnt/main --mount /mnt/fuse --seconds "$seconds"
-    fi
-    try "unmount fuse" unmounted fuse
-    try "unmount main" unmounted main && try "check main" check_fs ext4 main
+    run_suite devdax --device "/dev/$device" --seconds "$seconds"
 }
 
 # --- Power loss ------------------------------------------------------------------------------------------------------

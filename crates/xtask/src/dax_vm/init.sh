@@ -5,7 +5,7 @@
 # `::` for the bench.
 
 export PATH=/sbin:/bin
-/bin/busybox mkdir -p /proc /sys /dev /tmp /run /mnt/main /mnt/fuse
+/bin/busybox mkdir -p /proc /sys /dev /tmp /run /mnt/main
 /bin/busybox mount -t proc proc /proc
 /bin/busybox --install -s /bin
 mount -t sysfs sysfs /sys

@@ -36,6 +36,9 @@ pub struct Args {
     /// Runs these shell commands as a scenario of their own; the functions of the scenarios are at hand.
     #[arg(long, value_name = "COMMANDS", conflicts_with = "scenario")]
     run: Option<String>,
+    /// On file systems, runs only the test program's cases with this in their names, as `fuse-`.
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    only: String,
     /// Lists the scenarios.
     #[arg(long)]
     list: bool,
@@ -186,7 +189,16 @@ fn prepare(args: &Args, folder: PathBuf) -> Result<Bench, VmError> {
     }
     let limit = args.limit.unwrap_or_else(|| args.seconds.saturating_mul(10).saturating_add(300));
     let timeout = Duration::from_secs(args.timeout.unwrap_or(limit.saturating_mul(3)).into());
-    Ok(Bench { folder, kernel, accel, system, seconds: args.seconds, limit, timeout })
+    Ok(Bench {
+        folder,
+        kernel,
+        accel,
+        system,
+        seconds: args.seconds,
+        only: args.only.replace('\'', ""),
+        limit,
+        timeout,
+    })
 }
 
 /// The persistent memory, empty unless `kept` and there.

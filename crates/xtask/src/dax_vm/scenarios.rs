@@ -73,11 +73,6 @@ pub const SCENARIOS: &[Scenario] = &[
         kind: Script("device_dax dev-1g 1073741824"),
     },
     Scenario {
-        name: "fuse",
-        about: "a FUSE file system served from a file on ext4 with DAX",
-        kind: Script("fuse_server"),
-    },
-    Scenario {
         name: "powerloss",
         about: "the machine is killed while ext4 and xfs with DAX are written; what was flushed is there",
         kind: PowerLoss,
