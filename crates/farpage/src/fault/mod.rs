@@ -37,8 +37,8 @@ pub(crate) enum Change {
     Unmapped(usize, usize),
     /// `.2` bytes at `.0` are at `.1` now.
     Moved(usize, usize, usize),
-    /// A child was forked; its userfaultfd.
-    Forked(i32),
+    /// A child was forked; its userfaultfd is next in the world's relay.
+    Forked,
 }
 
 impl Change {
@@ -47,7 +47,7 @@ impl Change {
         match self {
             Change::Removed(start, end) | Change::Unmapped(start, end) => (start, end),
             Change::Moved(from, _, len) => (from, from + len),
-            Change::Forked(_) => (usize::MAX, usize::MAX),
+            Change::Forked => (usize::MAX, usize::MAX),
         }
     }
 }

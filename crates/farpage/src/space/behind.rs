@@ -40,7 +40,7 @@ impl Space {
         if !self.faults.note(change) {
             return; // our own
         }
-        if !matches!(change, Change::Forked(_)) {
+        if !matches!(change, Change::Forked) {
             self.faults.set_raw_changes();
         }
         if let Change::Removed(start, end) = change {
@@ -75,7 +75,7 @@ impl Space {
                 Change::Removed(start, end) => self.removed(world, start, end),
                 Change::Unmapped(start, end) => self.unmapped(world, start, end),
                 Change::Moved(from, to, len) => self.moved(world, from, to, len),
-                Change::Forked(child) => self.fill_orphan(world, child),
+                Change::Forked => self.fill_orphan(world),
             }
         }
         self.recount(world);

@@ -201,11 +201,17 @@ impl Space {
     /// The kernel announces a forked child and hands us its userfaultfd. One that was prepared for registers its ranges
     /// itself, so this one goes; for another see [`super::orphan`].
     pub(crate) fn forked_event(&self, child: RawFd) {
+        let child = Uffd::from_raw(child);
         if self.forks.swap(0, Ordering::SeqCst) != 0 {
-            drop(Uffd::from_raw(child));
-        } else {
-            self.announced(Change::Forked(child));
+            return;
         }
+        // Manager threads have descriptor tables of their own, and who sees to the change may be another one than who was
+        // told. Messages are read by one thread at a time, so that the descriptors come in the order of the changes.
+        let [.., to, _] = self.descriptors();
+        if let Err(e) = crate::sys::relay(to, child.into()) {
+            crate::sys::fatal(&format!("cannot pass on the userfaultfd of a child: {e}"));
+        }
+        self.announced(Change::Forked);
     }
 }
 

@@ -75,6 +75,8 @@ pub struct World {
     pub slot_uffd: Uffd,
     /// For counting pages.
     pub scan: PageScan,
+    /// Through it a child's userfaultfd goes from the thread that was told of the child to the one that fills it.
+    pub(crate) relay: sys::Relay,
 }
 
 /// Who resolves the faults of a space.
@@ -139,7 +141,7 @@ pub struct Space {
     /// The budget was exhausted at some time: frames circulate, reclaim keeps a stock.
     #[doc(hidden)]
     pub pressure: AtomicBool,
-    descriptors: [AtomicI32; 4],
+    descriptors: [AtomicI32; 6],
     /// Not set in a child that nobody prepared: there all this is the parent's.
     mark: sys::ForkMark,
     running: AtomicBool,
@@ -231,7 +233,7 @@ impl Space {
             grants: std::sync::Mutex::new(()),
             pressure: AtomicBool::new(false),
             mark: sys::ForkMark::new().map_err(domain::sys_err("map a page"))?,
-            descriptors: [const { AtomicI32::new(-1) }; 4],
+            descriptors: [const { AtomicI32::new(-1) }; 6],
             running: AtomicBool::new(false),
             stop: Stopper::default(),
             mode,
@@ -280,7 +282,7 @@ impl Space {
 
     /// Descriptors of the manager, which the program must not close.
     #[doc(hidden)]
-    pub fn descriptors(&self) -> [i32; 4] {
+    pub fn descriptors(&self) -> [i32; 6] {
         self.descriptors.each_ref().map(|d| d.load(Ordering::Relaxed))
     }
 
@@ -292,8 +294,9 @@ impl Space {
 
     pub(crate) fn note_descriptors(&self, world: &World) {
         use std::os::fd::{AsFd, AsRawFd};
-        let fds =
-            [world.uffd.raw(), world.slot_uffd.raw(), world.scan.raw(), self.domain.fd().as_fd().as_raw_fd()];
+        let [to, from] = world.relay.raw();
+        let segment = self.domain.fd().as_fd().as_raw_fd();
+        let fds = [world.uffd.raw(), world.slot_uffd.raw(), world.scan.raw(), segment, to, from];
         self.descriptors.iter().zip(fds).for_each(|(d, fd)| d.store(fd, Ordering::Relaxed));
     }
 
@@ -471,7 +474,8 @@ impl World {
         let (start, len) = slots.area();
         slot_uffd.register(start, len).map_err(sys_err("register the staging slots"))?;
         let scan = PageScan::open().map_err(sys_err("open the page map"))?;
-        Ok(Self { ranges, uffd, announces_forks, slot_uffd, scan })
+        let relay = sys::Relay::new().map_err(sys_err("make a pair of sockets"))?;
+        Ok(Self { ranges, uffd, announces_forks, slot_uffd, scan, relay })
     }
 
     fn open_for_messages() -> (rustix::io::Result<Uffd>, bool) {

@@ -3,7 +3,6 @@
 //! kernel hands us with its announcement, and then they go on without us: outside the budget, with their memory whole.
 //! Where a page cannot be put there it is poisoned: a child never reads zeros for something else.
 
-use std::os::fd::RawFd;
 use std::sync::atomic::Ordering;
 
 use super::range::{GRANULE, flag};
@@ -75,7 +74,13 @@ impl Orphan {
 impl Space {
     /// Gives a child everything that this process has away. The world is held since before anything was brought in or
     /// evicted by a fault that came after the fork.
-    pub(super) fn fill_orphan(&self, world: &World, child: RawFd) {
+    pub(super) fn fill_orphan(&self, world: &World) {
+        let child = match world.relay.receive() {
+            Ok(child) => Uffd::from(child),
+            Err(e) => {
+                crate::sys::fatal(&format!("cannot fill a child that was forked by a raw system call: {e}"))
+            }
+        };
         let before = self.slot().counters[Counter::Unmanaged as usize].fetch_add(1, Ordering::Relaxed);
         if before == 0 {
             crate::sys::say(&format!(
@@ -83,7 +88,7 @@ impl Space {
                 std::process::id()
             ));
         }
-        let mut orphans = vec![Orphan { uffd: Uffd::from_raw(child), history: Vec::new() }];
+        let mut orphans = vec![Orphan { uffd: child, history: Vec::new() }];
         let mut buffer = Box::new(Page([0; PAGE_SIZE]));
         for range in world.ranges.iter().filter(|r| !r.not_for_children) {
             for found in range.iter().filter(|f| f.granule.has(flag::ENTRIES)) {

@@ -17,6 +17,7 @@ pub mod numa;
 mod pagemap_scan;
 pub mod point;
 mod process;
+mod relay;
 mod ring;
 mod rwlock;
 mod shared;
@@ -42,6 +43,7 @@ pub use process::{
     BlockedSignals, bind, cpu_of, end_life, fatal, gettid, hold_for_life, keep_off, keep_only, run_delay_ns,
     say, set_idle_policy,
 };
+pub use relay::{Relay, relay};
 pub use ring::{Ring, Transfer};
 pub use rwlock::{Read, RwLock, Write};
 pub use shared::{Buffer, SharedArea, SharedMap};

@@ -75,11 +75,15 @@ fn identity(fd: BorrowedFd<'_>) -> Result<(u64, u64), Errno> {
 
 /// Opens with a descriptor number that programs do not count on.
 fn open_high(path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
-    let fd = rustix::fs::open(path, flags, Mode::empty())?;
+    Ok(move_high(rustix::fs::open(path, flags, Mode::empty())?))
+}
+
+/// The same file under a descriptor number that programs do not count on.
+pub(super) fn move_high(fd: OwnedFd) -> OwnedFd {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(1024);
     let lowest = (limit - limit / 8).min(1000) as RawFd;
     // Without a free number up there the low one has to do.
-    Ok(rustix::io::fcntl_dupfd_cloexec(&fd, lowest).unwrap_or(fd))
+    rustix::io::fcntl_dupfd_cloexec(&fd, lowest).unwrap_or(fd)
 }
 
 #[cfg(test)]

@@ -186,6 +186,18 @@ pub struct Uffd {
     fd: OwnedFd,
 }
 
+impl From<OwnedFd> for Uffd {
+    fn from(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+}
+
+impl From<Uffd> for OwnedFd {
+    fn from(uffd: Uffd) -> Self {
+        uffd.fd
+    }
+}
+
 /// Bytes of a message.
 const MSG_SIZE: usize = 32;
 /// Messages read at once.
