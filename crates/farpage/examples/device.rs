@@ -10,8 +10,7 @@ use std::collections::HashMap;
 use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use farpage::device::{Device, DeviceError, LoadOp, StoreOp, Sum, Usage};
-use farpage::frame::{Owner, Pfn};
+use farpage::device::{Device, DeviceError, LoadOp, Owner, Pfn, StoreOp, Sum, Usage};
 use farpage::{Domain, PAGE_SIZE, Page};
 
 const FRAMES: u32 = 1 << 20;

@@ -22,6 +22,32 @@ use crate::frame::Pfn;
 use crate::frame::cuts::Cut;
 
 /// A change that takes pages out of a file; offsets and lengths in bytes.
+///
+/// ```
+/// use std::sync::atomic::AtomicBool;
+/// use std::time::Duration;
+///
+/// use farpage::Pin;
+/// use farpage::dax::{Change, DaxError, DaxOptions, Wait};
+///
+/// # let dir = tempfile::tempdir()?;
+/// # let options = DaxOptions::new().page_cache(true).tables(dir.path());
+/// # let file = options.create(dir.path().join("file"))?;
+/// file.write_at(&[1; 4 << 12], 0)?;
+/// let pin = file.pin(3 << 12..4 << 12, Pin::Short)?;
+///
+/// // The pages before the pinned one go at once.
+/// let wait = Wait { timeout: Duration::from_secs(5), stop: None };
+/// file.change(Change::PunchHole(0..3 << 12), &wait)?;
+/// // The pinned one does not, for as long as one likes to wait; another thread may end that.
+/// let stop = AtomicBool::new(true);
+/// let wait = Wait { stop: Some(&stop), ..wait };
+/// let error = file.change(Change::Truncate(0), &wait).unwrap_err();
+/// assert!(matches!(error, DaxError::Interrupted { .. }), "{error}");
+/// drop(pin);
+/// file.change(Change::Truncate(0), &wait)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
     /// See [`DaxFile::truncate`].
@@ -35,6 +61,8 @@ pub enum Change {
 }
 
 /// How long those are waited for who are in the way.
+///
+/// See the example of [`Change`].
 #[derive(Debug, Clone, Copy)]
 pub struct Wait<'a> {
     /// At most so long.

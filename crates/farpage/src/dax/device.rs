@@ -26,6 +26,44 @@ use crate::sys::{self, dax};
 ///
 /// There are two ways to use it, which do not go together: as a store whose places mean something ([`Self::map`]), or
 /// as memory that is handed out ([`Self::allocate`]).
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use farpage::Pin;
+/// use farpage::dax::{DaxDevice, DaxError, Wait};
+///
+/// # let dir = tempfile::tempdir()?;
+/// let device = match DaxDevice::open("/dev/dax0.0") {
+///     // A device of yours is for you to use.
+///     Ok(device) => return Ok(println!("{}: {} bytes", device.path().display(), device.size())),
+///     // A file in its place, of 64 pages.
+///     Err(_) => DaxDevice::open_file(dir.path().join("device"), 64 << 12, dir.path())?,
+/// };
+/// assert_eq!((device.size(), device.align(), device.target_node()), (64 << 12, 4096, None));
+///
+/// // Memory that is handed out: zeros, until the last who has it goes.
+/// let memory = device.allocate(16 << 12, 1 << 12)?;
+/// assert_eq!((memory.len(), memory.is_empty(), device.in_use()), (16 << 12, false, 16 << 12));
+/// // SAFETY: inside the mapping, of which nobody else knows.
+/// unsafe { memory.as_ptr().write_volatile(1) };
+/// println!("durable: {}", memory.flush(0..4096)); // false where the CPU cannot
+///
+/// let start = memory.range().start;
+/// let pin = device.pin(start..start + 4096, Pin::LongTerm)?;
+/// assert_eq!(pin.range(), start..start + 4096);
+/// let again = device.map(memory.range())?; // the same pages once more
+/// drop((memory, again));
+/// assert_eq!(device.in_use(), 4096, "what is pinned stays");
+///
+/// let wait = Wait { timeout: Duration::from_millis(20), stop: None };
+/// assert!(matches!(device.wait_idle(&wait), Err(DaxError::Held { .. })));
+/// assert_eq!(device.users()[0].holds.len(), 1);
+/// assert!(device.audit().is_empty());
+/// drop(pin);
+/// device.wait_idle(&wait)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct DaxDevice(Arc<Device>);
 
@@ -37,6 +75,8 @@ struct Device {
 }
 
 /// A part of a device in memory; each page has one reference for it. A forked child does not inherit it.
+///
+/// See the example of [`DaxDevice`].
 #[derive(Debug)]
 pub struct DeviceMapping {
     device: Arc<Device>,
@@ -46,6 +86,8 @@ pub struct DeviceMapping {
 }
 
 /// Pinned pages of a device.
+///
+/// See the example of [`DaxDevice`].
 #[derive(Debug)]
 pub struct DevicePin {
     device: Arc<Device>,
@@ -54,6 +96,14 @@ pub struct DevicePin {
 }
 
 /// Why a device cannot be used.
+///
+/// ```
+/// use farpage::dax::{DaxDevice, DeviceOpenError};
+///
+/// let error = DaxDevice::open("/dev/dax99.0").unwrap_err();
+/// assert!(matches!(error, DeviceOpenError::Memory(_)));
+/// assert!(error.to_string().contains("No such file"), "{error}");
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceOpenError {
     /// The memory cannot be opened.

@@ -11,6 +11,8 @@ use super::users::User;
 use crate::pagemap::HoldError;
 
 /// What a file lacks to be a DAX file.
+///
+/// See the example of [`DaxError`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Missing {
     /// The kernel does not set `STATX_ATTR_DAX`: the file is read through the page cache.
@@ -35,6 +37,26 @@ impl fmt::Display for Missing {
 }
 
 /// Why something could not be done with a DAX file. Nothing has changed then, unless it says so.
+///
+/// ```
+/// use farpage::Pin;
+/// use farpage::dax::{DaxError, DaxOptions, Missing};
+///
+/// let dir = tempfile::tempdir()?;
+/// let options = DaxOptions::new().tables(dir.path());
+/// // Each says what it was about and, where something can be done, what.
+/// let plain = options.create(dir.path().join("file"));
+/// if let Err(e @ DaxError::NotDax { missing: Missing::Dax, .. }) = &plain {
+///     assert!(e.to_string().contains("mounted with '-o dax=always'"), "{e}");
+/// }
+/// assert!(matches!(options.open(dir.path()), Err(DaxError::NotAFile { .. })));
+///
+/// let file = options.page_cache(true).create(dir.path().join("file"))?;
+/// assert!(matches!(file.map(0..1), Err(DaxError::Range { .. })), "the file has no bytes");
+/// file.write_at(b"bytes", 0)?;
+/// assert!(matches!(file.pin(0..1, Pin::LongTerm), Err(DaxError::LongTerm { .. })));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DaxError {
     /// The file is not DAX.
@@ -155,6 +177,18 @@ pub enum DaxError {
 }
 
 /// What is wrong with a table.
+///
+/// ```
+/// use farpage::dax::{DaxError, DaxOptions, TableError};
+///
+/// let dir = tempfile::tempdir()?;
+/// let options = DaxOptions::new().page_cache(true).tables(dir.path().join("missing"));
+/// match options.create(dir.path().join("file")) {
+///     Err(DaxError::Table { why: TableError::Sys(errno), .. }) => assert_eq!(errno, rustix::io::Errno::NOENT),
+///     other => panic!("{other:?}"),
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TableError {
     /// A system call failed. A full or missing /dev/shm, mostly.

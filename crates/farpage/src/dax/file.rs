@@ -28,6 +28,8 @@ use crate::pagemap::HoldError;
 use crate::space::pin::Pin;
 
 /// How a file's pages are reached.
+///
+/// See the example of [`DaxOptions`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     /// They are the storage: no page cache, no second copy.
@@ -43,6 +45,39 @@ pub enum Access {
 /// is cut only where nobody does. See the module's description.
 ///
 /// A handle is cheap to clone; clones are one user of the file.
+///
+/// ```
+/// use farpage::dax::{Access, Change, DaxOptions, Wait};
+///
+/// let dir = tempfile::tempdir()?;
+/// let path = dir.path().join("file");
+/// let options = DaxOptions::new().page_cache(true).tables(dir.path());
+/// let file = options.create(&path)?;
+/// assert_eq!((file.path(), file.is_empty()?), (path.as_path(), true));
+/// println!("reached in place: {}", matches!(file.access(), Access::Direct { .. }));
+///
+/// file.allocate(0..16 << 12)?; // blocks for 16 pages, which are zeros
+/// assert_eq!(file.write_at(&[1; 4 << 12], 0)?, 4 << 12);
+/// assert_eq!(file.append(b"the end")?, 16 << 12);
+/// file.flush(0..file.len()?)?;
+///
+/// // What takes pages out of the file waits for those who use them. Nobody does here.
+/// file.punch_hole(0..1 << 12)?;
+/// let mut page = [9; 4096];
+/// assert_eq!(file.read_at(&mut page, 0)?, 4096);
+/// assert_eq!(page, [0; 4096]);
+/// // Not every file system can do these two.
+/// for change in [Change::ZeroRange(1 << 12..2 << 12), Change::CollapseRange(0..1 << 12)] {
+///     let wait = Wait { timeout: file.timeout(), stop: None };
+///     if let Err(e) = file.change(change, &wait) {
+///         println!("{e}");
+///     }
+/// }
+/// file.truncate(5000)?;
+/// assert_eq!(file.len()?, 5000);
+/// assert_eq!(rustix::fs::fstat(file.as_fd())?.st_size, 5000);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct DaxFile(Arc<Inner>);
 
@@ -70,6 +105,8 @@ impl std::fmt::Debug for Inner {
 }
 
 /// What [`DaxFile::close`] gives back with the file that could not be closed.
+///
+/// See the example of [`DaxFile::close`].
 #[derive(Debug, thiserror::Error)]
 #[error("{error}")]
 pub struct CloseError {
@@ -284,6 +321,13 @@ impl DaxFile {
 
     /// Opens a DAX file for reading and writing; [`DaxOptions`] for anything else.
     ///
+    /// ```
+    /// use farpage::dax::{DaxError, DaxFile};
+    ///
+    /// assert!(matches!(DaxFile::open("/nowhere"), Err(DaxError::Sys { .. })));
+    /// assert!(matches!(DaxFile::open("/"), Err(DaxError::NotAFile { .. })));
+    /// ```
+    ///
     /// # Errors
     /// See [`DaxError`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self, DaxError> {
@@ -291,6 +335,8 @@ impl DaxFile {
     }
 
     /// Opens a DAX file, or creates it.
+    ///
+    /// See the example of [`DaxOptions`].
     ///
     /// # Errors
     /// See [`DaxOptions::create`].
@@ -433,6 +479,23 @@ impl DaxFile {
 
     /// Makes bytes zero; the blocks stay set aside. Does not grow the file.
     ///
+    /// ```
+    /// # use farpage::dax::DaxOptions;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let options = DaxOptions::new().page_cache(true).tables(dir.path());
+    /// # let file = options.create(dir.path().join("file"))?;
+    /// file.write_at(&[1; 8192], 0)?;
+    /// match file.zero_range(100..5000) {
+    ///     Ok(()) => {
+    ///         let mut bytes = [9; 8192];
+    ///         file.read_at(&mut bytes, 0)?;
+    ///         assert_eq!((bytes[99], bytes[100], bytes[4999], bytes[5000]), (1, 0, 0, 1));
+    ///     }
+    ///     Err(e) => println!("not on this file system: {e}"),
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// As [`Self::change`].
     pub fn zero_range(&self, range: Range<u64>) -> Result<(), DaxError> {
@@ -440,6 +503,24 @@ impl DaxFile {
     }
 
     /// Takes a part of the file out, of whole blocks; what follows moves up. Everything from `range.start` on is waited for.
+    ///
+    /// ```
+    /// # use farpage::dax::DaxOptions;
+    /// # let dir = tempfile::tempdir()?;
+    /// # let options = DaxOptions::new().page_cache(true).tables(dir.path());
+    /// # let file = options.create(dir.path().join("file"))?;
+    /// file.write_at(&[1; 8192], 0)?;
+    /// file.write_at(&[2; 4096], 8192)?;
+    /// match file.collapse_range(0..8192) {
+    ///     Ok(()) => {
+    ///         let mut byte = [0];
+    ///         file.read_at(&mut byte, 0)?;
+    ///         assert_eq!((byte[0], file.len()?), (2, 4096));
+    ///     }
+    ///     Err(e) => println!("not on this file system: {e}"),
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// As [`Self::change`].
@@ -452,6 +533,8 @@ impl DaxFile {
     }
 
     /// Who has the file open, in all processes, and what they hold of it.
+    ///
+    /// See the example of [`User`].
     pub fn users(&self) -> Vec<User> {
         if !self.0.table.is_ours() {
             return Vec::new(); // a forked child, which cannot say
@@ -471,6 +554,25 @@ impl DaxFile {
 
     /// Ends the use of the file through this handle and its clones: they give no new references, mappings and pins made
     /// through them are waited for. What other processes hold stays theirs.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// use farpage::Pin;
+    /// use farpage::dax::{DaxError, DaxOptions, Wait};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let options = DaxOptions::new().page_cache(true).tables(dir.path());
+    /// # let file = options.create(dir.path().join("file"))?;
+    /// file.write_at(&[1; 4096], 0)?;
+    /// let pin = file.pin(0..4096, Pin::Short)?;
+    /// let soon = Wait { timeout: Duration::from_millis(20), stop: None };
+    /// let refused = file.close(&soon).unwrap_err();
+    /// assert!(matches!(refused.error, DaxError::Held { .. }), "{refused}");
+    /// drop(pin);
+    /// refused.file.close(&soon)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// They were not given up in time; the file comes back, usable.

@@ -31,6 +31,34 @@ const MANY_PARTS: usize = 16;
 /// one meanwhile waits, and goes on with what is there then. A touch of a page that has been cut off raises SIGBUS, as it
 /// does without farpage; [`Self::read`] and [`Self::write`] give an error instead. What is handed to system calls or
 /// to other hardware is to be pinned ([`Self::pin`]): a system call that meets a page that is being cut fails with EFAULT.
+///
+/// ```
+/// use farpage::Pin;
+/// use farpage::dax::{DaxError, DaxOptions};
+///
+/// # let dir = tempfile::tempdir()?;
+/// # let options = DaxOptions::new().page_cache(true).tables(dir.path());
+/// # let file = options.create(dir.path().join("file"))?;
+/// file.write_at(&[1; 4 << 12], 0)?;
+/// let map = file.map(1 << 12..4 << 12)?;
+/// assert_eq!((map.range(), map.len(), map.is_empty()), (4096..16384, 12288, false));
+///
+/// // A pin keeps the pages, and the addresses valid, for whoever works on them: here, this thread.
+/// let pin = map.pin(0..4096, Pin::Short)?;
+/// // SAFETY: pinned, inside the mapping; nobody else uses the file.
+/// unsafe { std::ptr::write_bytes(map.as_ptr(), 2, 4096) };
+/// map.flush(0..4096)?; // durable
+/// drop(pin);
+///
+/// // Copies in and out need none, and never end in SIGBUS.
+/// map.write(4000, &[3; 200])?;
+/// let mut bytes = [0; 97];
+/// map.read(3999, &mut bytes)?;
+/// assert_eq!((bytes[0], bytes[1]), (2, 3));
+/// file.truncate(2 << 12)?;
+/// assert!(matches!(map.read(4000, &mut [0; 200]), Err(DaxError::Cut { .. })));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct DaxMapping(Arc<Map>);
 

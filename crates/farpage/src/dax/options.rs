@@ -35,6 +35,31 @@ pub(super) type Revoke = dyn Fn(Range<u64>) + Send + Sync;
 /// # assert!(matches!(file.access(), Access::PageCache | Access::Direct { .. }));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// All that can be said:
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use farpage::Pin;
+/// use farpage::dax::DaxOptions;
+///
+/// let dir = tempfile::tempdir()?;
+/// let file = DaxOptions::new()
+///     .page_cache(true)
+///     .map_sync(false)
+///     .wait(Duration::from_secs(1))
+///     .lease(false)
+///     .on_revoke(|bytes| println!("{bytes:?} are wanted: give your long-term pins of them up"))
+///     .max_len(1 << 30)
+///     .tables(dir.path())
+///     .create(dir.path().join("file"))?;
+/// file.write_at(&[1; 4096], 0)?;
+/// let pin = file.pin(0..4096, Pin::LongTerm)?;
+/// assert_eq!(file.timeout(), Duration::from_secs(1));
+/// # drop(pin);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct DaxOptions {
     page_cache: bool,
@@ -129,6 +154,16 @@ impl DaxOptions {
     }
 
     /// Opens a file for reading and writing.
+    ///
+    /// ```
+    /// # use farpage::dax::{DaxError, DaxOptions};
+    /// # let dir = tempfile::tempdir()?;
+    /// let options = DaxOptions::new().page_cache(true).tables(dir.path());
+    /// assert!(matches!(options.open(dir.path().join("none")), Err(DaxError::Sys { .. })), "it is not there");
+    /// options.create(dir.path().join("file"))?;
+    /// options.open(dir.path().join("file"))?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// See [`DaxError`].

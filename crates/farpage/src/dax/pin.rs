@@ -18,6 +18,25 @@ use crate::space::pin::Pin;
 /// Pinned pages of a DAX file: while this lives nobody who uses farpage truncates, punches or collapses them, in no process.
 ///
 /// In a forked child it is nothing: the pin is the parent's.
+///
+/// ```
+/// use farpage::Pin;
+/// use farpage::dax::DaxOptions;
+///
+/// # let dir = tempfile::tempdir()?;
+/// # let options = DaxOptions::new().page_cache(true).tables(dir.path());
+/// # let file = options.create(dir.path().join("file"))?;
+/// file.write_at(&[7; 8192], 0)?;
+/// // Of the file alone: for who has its bytes otherwise, as a device that was given its blocks.
+/// let pin = file.pin(100..200, Pin::Short)?;
+/// assert_eq!((pin.range(), pin.as_ptr()), (0..4096, None));
+/// // Through a mapping: its addresses are valid as long as the pin is there.
+/// let pin = file.map(0..8192)?.pin(4100..4200, Pin::Short)?;
+/// assert_eq!(pin.range(), 4096..8192);
+/// // SAFETY: pinned.
+/// assert_eq!(unsafe { pin.as_ptr().unwrap().read_volatile() }, 7);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct DaxPin {
     file: Arc<Inner>,

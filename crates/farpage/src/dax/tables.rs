@@ -10,6 +10,8 @@ use super::users::{Difference, User};
 use crate::frame::Pfn;
 
 /// A DAX file that is in use.
+///
+/// See the example of [`tables_in`].
 #[derive(Debug)]
 pub struct TableInfo {
     /// The table of its users.
@@ -24,6 +26,16 @@ pub struct TableInfo {
 
 /// The DAX files that are in use, with their users. What the dead left behind is cleaned up on the way.
 ///
+/// ```
+/// for table in farpage::dax::tables()? {
+///     match table {
+///         Ok(info) => println!("{} is used by {} processes", info.file.display(), info.users.len()),
+///         Err((path, why)) => println!("{}: {why}", path.display()),
+///     }
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # Errors
 /// The directory of tables cannot be read. Tables of other users come as errors of their own.
 pub fn tables() -> io::Result<Vec<Result<TableInfo, (PathBuf, TableError)>>> {
@@ -31,6 +43,23 @@ pub fn tables() -> io::Result<Vec<Result<TableInfo, (PathBuf, TableError)>>> {
 }
 
 /// As [`tables`], of another directory ([`super::DaxOptions::tables`]).
+///
+/// ```
+/// use farpage::dax::{DaxOptions, tables_in};
+///
+/// # let dir = tempfile::tempdir()?;
+/// # let options = DaxOptions::new().page_cache(true).tables(dir.path());
+/// # let file = options.create(dir.path().join("file"))?;
+/// file.write_at(&[1; 8192], 0)?;
+/// let map = file.map(0..8192)?;
+/// let tables = tables_in(dir.path())?;
+/// let info = tables[0].as_ref().unwrap();
+/// assert_eq!((info.file.as_path(), info.table.parent()), (file.path(), Some(dir.path())));
+/// assert_eq!((info.users.len(), info.users[0].holds.len()), (1, 1));
+/// assert!(info.differences.is_empty());
+/// # drop(map);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 ///
 /// # Errors
 /// As [`tables`].

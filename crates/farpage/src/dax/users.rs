@@ -10,6 +10,25 @@ use crate::frame::ledger::{Extent, HolderKind};
 use crate::frame::{Owner, Pfn};
 
 /// One process that has the file open.
+///
+/// ```
+/// use farpage::Pin;
+/// use farpage::dax::{DaxOptions, Holding};
+/// use farpage::pagemap::HolderKind;
+///
+/// # let dir = tempfile::tempdir()?;
+/// # let options = DaxOptions::new().page_cache(true).tables(dir.path());
+/// # let file = options.create(dir.path().join("file"))?;
+/// file.write_at(&[1; 8192], 0)?;
+/// let pin = file.pin(4096..8192, Pin::Short)?;
+/// let users = file.users();
+/// assert_eq!(users[0].pid, std::process::id());
+/// assert_eq!(users[0].holds, [Holding { kind: HolderKind::Pin, range: 4096..8192 }]);
+/// assert!(users[0].to_string().ends_with(") has a pin of 0x1000..0x2000"));
+/// assert!(file.audit().is_empty(), "counts and records agree");
+/// # drop(pin);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
     /// Its number, as it sees itself (another one in another pid namespace).
@@ -21,6 +40,8 @@ pub struct User {
 }
 
 /// Pages that a process holds.
+///
+/// See the example of [`User`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holding {
     /// What for: a mapping, a pin, a long-term pin.
@@ -30,6 +51,8 @@ pub struct Holding {
 }
 
 /// A count that differs from the references that are recorded.
+///
+/// What [`DaxFile::audit`](super::DaxFile::audit) finds: see the example of [`User`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
     /// Where in the file the page, or huge page, is.

@@ -1,6 +1,6 @@
 //! Faults: messages of userfaultfd to resolved pages.
 //!
-//! A handler thread reads messages and resolves faults at once ([`resolve`]). What it cannot do at once (the world is
+//! A handler thread reads messages and resolves faults at once (`resolve`). What it cannot do at once (the world is
 //! held by a mapping change, an event is pending) it puts aside, because the change may be waiting for it to read an
 //! event: it never waits for anything but the next message and locks that are held for microseconds.
 

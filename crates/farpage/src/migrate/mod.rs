@@ -1,10 +1,10 @@
 //! Migration: pages move to a device, back to DRAM, or between devices, on request.
 //!
-//! The three steps are those of Linux' `migrate_vma`. *Collect* ([`out`]): one `UFFDIO_MOVE` takes up to 2 MiB out of the
+//! The three steps are those of Linux' `migrate_vma`. *Collect* (`out`): one `UFFDIO_MOVE` takes up to 2 MiB out of the
 //! program into staging slots; whoever touches a page meanwhile gets it back, and it is not moved. *Copy*: the pages are
 //! stored on the device straight from there. *Finalize*: the page entries name their new frames and the DRAM is free, or
 //! the pages go back. It is the way that reclaim goes ([`crate::reclaim`]), with a device that is named; and the way in
-//! ([`back`]) is that of a fault. A page that cannot move says why; the others go on.
+//! (`back`) is that of a fault. A page that cannot move says why; the others go on.
 //!
 //! # Holes and zero pages
 //!

@@ -1,5 +1,5 @@
-//! Reclaim: which granule leaves DRAM ([`evict`]), how its pages reach a device ([`settle`]), where frames for
-//! pages that come in are found ([`supply`]), and the worker that keeps a stock of them ([`worker`]).
+//! Reclaim: which granule leaves DRAM (`evict`), how its pages reach a device (`settle`), where frames for
+//! pages that come in are found (`supply`), and the worker that keeps a stock of them (`worker`).
 
 pub(crate) mod cost;
 mod evict;

@@ -21,7 +21,7 @@ const WINDOW: usize = STRETCH * GRANULE;
 impl Space {
     /// Manages `[start, end)`, private anonymous memory that may have been used before. What of it is in DRAM is charged, and
     /// leaves when it is its turn; the budget may be exceeded until that has happened
-    /// ([`Space::wait_for_budget`]).
+    /// (`wait_for_budget`).
     ///
     /// # Errors
     /// The kernel does not let it be registered; it stays as it was.

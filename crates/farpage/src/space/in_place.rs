@@ -39,9 +39,30 @@ impl Space {
     /// Maps the pages of `[start, end)` that are on `device` from there, but for those that another process has as well, since a
     /// fork. Returns how many.
     ///
+    /// `rights`: whether the pages may be read, written, executed there. A write goes to the device's memory, without a fault.
+    ///
+    /// ```
+    /// use farpage::{Domain, Target};
+    ///
+    /// let space = Domain::builder().dram("8M").device("coherent:memfd:16M").build()?.start_inline()?;
+    /// let mut v = space.region_from_fn(1 << 20, |i| i as u8)?;
+    /// let pages = v.pages(..);
+    /// space.migrate(pages.clone(), Target::Device(0))?;
+    ///
+    /// // 256 pages of the device, at their addresses in the program.
+    /// assert_eq!(space.map_in_place(pages.start, pages.end, 0, (true, true, false))?, 256);
+    /// assert_eq!(space.in_place(pages.start, pages.end)?, [(pages.start, pages.end)]);
+    /// v[300] += 1;
+    /// assert_eq!((v[300], space.domain.stats().pages_in), (45, 0));
+    ///
+    /// // Back to DRAM, with what was written. Migrating them, or removing the device, does that as well.
+    /// assert_eq!(space.unmap_in_place(pages.start, pages.end, 0)?, 256);
+    /// assert_eq!(v[300], 45);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// ENODEV: the CPU does not reach that device's frames. Else the kernel's; what is mapped stays so.
-    #[doc(hidden)]
     pub fn map_in_place(&self, start: usize, end: usize, device: u8, rights: Rights) -> Result<usize, Errno> {
         // Before the first: who looks for such mappings afterwards finds them.
         self.maps_in_place.store(true, Ordering::SeqCst);
@@ -61,18 +82,20 @@ impl Space {
 
     /// Brings pages of `[start, end)` that are mapped from `device` back to DRAM. Returns how many.
     ///
+    /// See the example of [`Space::map_in_place`].
+    ///
     /// # Errors
     /// The kernel's; the pages that are not back yet are where they were.
-    #[doc(hidden)]
     pub fn unmap_in_place(&self, start: usize, end: usize, device: u8) -> Result<usize, Errno> {
         self.unmap_from(start, end, device, true)
     }
 
     /// What of `[start, end)` is mapped in place: parts, first byte and end.
     ///
+    /// See the example of [`Space::map_in_place`].
+    ///
     /// # Errors
     /// The kernel's.
-    #[doc(hidden)]
     pub fn in_place(&self, start: usize, end: usize) -> Result<Vec<(usize, usize)>, Errno> {
         if !self.maps_in_place.load(Ordering::SeqCst) {
             return Ok(Vec::new());

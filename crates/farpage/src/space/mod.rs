@@ -316,6 +316,8 @@ impl Space {
     }
 
     /// How faults are resolved.
+    ///
+    /// See the example of [`Domain::start`].
     pub fn mode(&self) -> FaultMode {
         self.mode
     }

@@ -1,6 +1,6 @@
 //! Pins: pages that are in DRAM and stay at their addresses while somebody uses them (Linux: `pin_user_pages`).
 //!
-//! A pin is a count for each page, kept with the granule; [`Space::evict`] and migrations leave pages with a count alone.
+//! A pin is a count for each page, kept with the granule; reclaim and migrations leave pages with a count alone.
 //! [`Space::hold`] keeps a buffer in place for one system call, whatever is in it; a pin also brings the pages in, is
 //! counted and limited, and lives as long as its owner likes. Both are honoured at the same place, by the same protocol:
 //! who is about to move pages says so first and looks then; who pins counts first and waits then until nobody moves.
