@@ -62,11 +62,6 @@ impl For {
         let mut child = self.start(&signals)?;
         let deadline = self.time.map(|time| Instant::now() + time);
         loop {
-            if let Some(child) = &mut child
-                && let Some(status) = child.try_wait().map_err(system("waiting for the command failed"))?
-            {
-                return Ok(End::Command(status));
-            }
             while let Some(received) = signals.next() {
                 match &child {
                     Some(child) => pass_on(received, child),
@@ -77,6 +72,12 @@ impl For {
                     // We stop as well, and go on when the shell says so.
                     sys::send(rustix::process::getpid(), libc::SIGSTOP);
                 }
+            }
+            // After the signals: its end may be among those just read, and a later one wakes us.
+            if let Some(child) = &mut child
+                && let Some(status) = child.try_wait().map_err(system("waiting for the command failed"))?
+            {
+                return Ok(End::Command(status));
             }
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Ok(End::Time);
