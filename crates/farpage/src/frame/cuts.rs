@@ -16,7 +16,7 @@
 //! |---|---|
 //! | either of the fences in `begin` and `over` is missing | `who_has_a_page_has_it_until_he_gives_it_back` and one more |
 //! | `end` is Relaxed; the counts are looked at Relaxed | the same |
-//! | bounds are not checked to be of the state; a record's number stays; the phase comes before the bounds; … Relaxed | `a_phase_is_seen_with_the_pages_of_its_cut` |
+//! | the fence before the bounds is missing; bounds are not checked to be of the state; a record's number stays; the phase comes before the bounds; … Relaxed | `a_phase_is_seen_with_the_pages_of_its_cut` |
 //! | `forget` leaves the record | `what_a_dead_cutter_left_is_in_nobodys_way` |
 
 use std::ops::Range;
@@ -99,6 +99,8 @@ impl Cuts {
                 && self.states[place].compare_exchange(old, new, Ordering::Acquire, Ordering::Relaxed).is_ok();
             free.then_some((place, number))
         })?;
+        // With the fence in `get`: who sees these bounds sees that the record is another's by now.
+        fence(Ordering::Release);
         self.bounds[place].store(u64::from(pages.start) << 32 | u64::from(pages.end), Ordering::Relaxed);
         let cut = Cut { place, owner, pages: pages.clone(), phase: Phase::Pins, number };
         self.set(&cut, Phase::Pins);

@@ -92,7 +92,8 @@ pub fn grants_map_sync(fd: BorrowedFd<'_>) -> bool {
     })
 }
 
-/// Maps `[offset, offset + len)` of a file where the kernel likes; a forked child does not get it.
+/// Maps `[offset, offset + len)` of a file where the kernel likes; a forked child does not get it. (One that is forked in the
+/// middle of this call does, at an address that nobody knows.)
 ///
 /// # Errors
 /// What `mmap` or `madvise` says; nothing is mapped then.
@@ -108,10 +109,11 @@ pub fn map_file(fd: BorrowedFd<'_>, offset: u64, len: usize, sync: bool) -> Resu
     Ok(addr)
 }
 
-/// Maps `[offset, offset + len)` of a file at `addr`, in place of what is there; a forked child does not get it.
+/// Maps `[offset, offset + len)` of a file at `addr`, in place of what is there; a forked child does not get it, at
+/// whatever moment it is forked: the mapping is made elsewhere, kept from children, and moved here then.
 ///
 /// # Errors
-/// What `mmap` or `madvise` says; the range is then what it was, or a mapping that children do get.
+/// What the calls say; the range is then what it was.
 pub fn map_file_at(
     fd: BorrowedFd<'_>,
     offset: u64,
@@ -119,11 +121,8 @@ pub fn map_file_at(
     len: usize,
     sync: bool,
 ) -> Result<(), Errno> {
-    let flags = if sync { MapFlags::SHARED_VALIDATE | MapFlags::SYNC } else { MapFlags::SHARED };
-    let prot = ProtFlags::READ | ProtFlags::WRITE;
-    // SAFETY: the caller owns the range, and gives up what is mapped there.
-    unsafe { rustix::mm::mmap(addr as *mut _, len, prot, flags | MapFlags::FIXED, fd, offset)? };
-    super::keep_from_children(addr, len)
+    let made = map_file(fd, offset, len, sync)?;
+    super::remap(made, len, len, Some(addr)).map(drop).inspect_err(|_| _ = super::unmap(made, len))
 }
 
 /// Puts memory in place of what is mapped in the range that raises SIGBUS when it is touched, as pages beyond the end of
