@@ -125,10 +125,6 @@ impl Mapped {
         without(self.pages.clone(), mapped.chain(cuts.iter().map(|cut| cut.pages.clone())))
     }
 
-    fn covers(&self, pages: &Range<Pfn>) -> bool {
-        without(pages.clone(), self.parts.iter().map(|part| part.pages().clone())).is_empty()
-    }
-
     /// Gives up what is being cut, takes back what has been. True: somebody may be waiting for what it did.
     fn serve(&mut self, table: &Table, cuts: &[Cut]) -> bool {
         let mut gave = false;
@@ -205,6 +201,23 @@ impl Mapped {
             }
         }
         undone
+    }
+
+    /// Takes back what was cut a moment ago of pages that the caller has pinned, which the agent may not have come to yet. A
+    /// cut of them that has begun since waits for that pin first, and then has us give them up.
+    fn take_back_pinned(&mut self, table: &Table, pages: &Range<Pfn>) -> Result<(), DaxError> {
+        for gap in without(pages.clone(), self.parts.iter().map(|part| part.pages().clone())) {
+            let refs = table.take(HolderKind::Mapping, &gap).map_err(|why| self.file.hold_error(why))?;
+            if let Err(e) = self.map(&gap) {
+                table.give(refs);
+                return Err(self.file.failed("map", e));
+            }
+            self.parts.push(refs);
+        }
+        if self.gap && self.gaps(&[]).is_empty() {
+            self.set_gap(table, false);
+        }
+        Ok(())
     }
 
     /// One part instead of many.
@@ -389,14 +402,7 @@ impl DaxMapping {
         self.0.file.check_open()?;
         let pages = self.0.file.pages_of(&part)?;
         let mut pinned = DaxPin::new(&self.0.file, pages.clone(), pin)?;
-        let table = &self.0.file.table;
-        if !self.0.state.lock().covers(&pages) {
-            // The agent may not have come to it since the last cut. No new one can come now.
-            table.serve(table.event());
-            if !self.0.state.lock().covers(&pages) {
-                return Err(DaxError::Cut { path: self.0.file.path.clone(), range: part });
-            }
-        }
+        self.0.state.lock().take_back_pinned(&self.0.file.table, &pages)?;
         pinned.keep_mapped(self.0.clone(), self.0.addr + range.start);
         Ok(pinned)
     }
