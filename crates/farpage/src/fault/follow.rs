@@ -1,13 +1,15 @@
 //! The handlers' places: on the CPUs of the threads that fault.
 //!
 //! A handler that sleeps on another CPU has to be woken by an interrupt, and has to wake the faulting thread by
-//! another: 75-230 µs on a virtual machine. On the same CPU the kernel just switches: 9-12 µs. Three things are needed:
+//! another: 75-230 µs on a virtual machine. On the same CPU the kernel just switches: 9-12 µs. Four things are needed:
 //!
 //! * A handler is bound to each CPU where faults come from. All of them are told of every fault, but the one on the CPU of
 //!   the thread that faults, which has just become free, is the first to run.
 //! * The thread it wakes must not be moved to another, idle CPU, which is what the scheduler does as long as the waker
 //!   keeps this one busy. A CPU that runs nothing but `SCHED_IDLE` threads counts as idle, though, so a handler of
 //!   that policy lets the thread stay where it was (measured: 9.8 µs instead of 116).
+//! * Threads that fault on the same CPU, all of which do little but wait for its handler, are no load that the scheduler would
+//!   spread. Another handler then listens on a CPU that is free: whom it wakes comes there.
 //! * No more handlers listen than there are CPUs with faults: one that has nothing to do would be woken all the same.
 //!
 //! `SCHED_IDLE` starves where the CPU has other work, so it is on only while faults come fast and the handler is seen
@@ -95,6 +97,16 @@ pub(crate) struct Follow {
     /// Milliseconds until the next tick, and when the last one was.
     pace: AtomicU64,
     ticked: AtomicU64,
+    /// CPUs that the program may use, as of the last tick.
+    cpus: AtomicU32,
+}
+
+/// A CPU on which threads fault fast.
+struct Busy {
+    cpu: u32,
+    /// Faults since the last tick.
+    faults: u64,
+    threads: u32,
 }
 
 impl Follow {
@@ -125,6 +137,7 @@ impl Follow {
             quiet: AtomicU32::new(QUIET),
             pace: AtomicU64::new(FIRST_TICK_MS),
             ticked: AtomicU64::new(0),
+            cpus: AtomicU32::new(u32::MAX),
         }
     }
 
@@ -185,12 +198,18 @@ impl Follow {
         self.active.load(Ordering::Relaxed) == 1
     }
 
+    /// Whether each CPU has a handler, so that the worker would take its time from them.
+    pub fn is_everywhere(&self) -> bool {
+        self.active.load(Ordering::Relaxed) >= self.cpus.load(Ordering::Relaxed)
+    }
+
     /// The handler on the CPU where thread `tid` was last seen, if that is another than `index`.
     pub fn home(&self, index: usize, tid: u32) -> Option<usize> {
         let t = &self.threads[tid as usize % THREADS];
         let cpu = t.cpu.load(Ordering::Relaxed);
         let here = |h: &Handler| h.cpu.load(Ordering::Relaxed) == cpu;
-        if t.tid.load(Ordering::Relaxed) != tid || here(&self.handlers[index]) {
+        let mine = &self.handlers[index];
+        if t.tid.load(Ordering::Relaxed) != tid || here(mine) || mine.cpu.load(Ordering::Relaxed) == NOWHERE {
             return None;
         }
         let active = (self.active.load(Ordering::Relaxed) as usize).min(HANDLERS);
@@ -302,16 +321,17 @@ impl Follow {
         let now = crate::sys::now_ms();
         let elapsed = (now - self.ticked.swap(now, Ordering::Relaxed)).clamp(1, LAST_TICK_MS);
         let fast = FAST * elapsed.div_ceil(FIRST_TICK_MS);
-        let mut busy: Vec<(u64, u32)> = Vec::new();
+        let mut busy: Vec<Busy> = Vec::new();
         let mut total = 0;
         for t in &self.threads {
-            let n = t.faults.load(Ordering::Relaxed);
-            let new = n - t.seen.swap(n, Ordering::Relaxed);
+            let faults = t.faults.load(Ordering::Relaxed);
+            let new = faults - t.seen.swap(faults, Ordering::Relaxed);
             total += new;
             let cpu = t.cpu.load(Ordering::Relaxed);
-            match busy.iter_mut().find(|b| b.1 == cpu) {
-                Some(b) => b.0 += new,
-                None if new >= fast => busy.push((new, cpu)),
+            let threads = u32::from(new >= fast);
+            match busy.iter_mut().find(|b| b.cpu == cpu) {
+                Some(b) => (b.faults, b.threads) = (b.faults + new, b.threads + threads),
+                None if new >= fast => busy.push(Busy { cpu, faults: new, threads }),
                 None => {}
             }
         }
@@ -320,8 +340,12 @@ impl Follow {
         } else {
             self.quiet.store(0, Ordering::Relaxed);
         }
-        busy.sort_unstable_by(|a, b| b.cmp(a));
-        let mut changed = self.place(space, &busy);
+        self.cpus.store(crate::sys::cpus_allowed(), Ordering::Relaxed);
+        busy.sort_unstable_by_key(|b| std::cmp::Reverse((b.faults, b.cpu)));
+        // Its handler is at work all the time, or nearly.
+        let full = |b: &Busy| b.threads > 1 && b.faults * USUAL >= elapsed * 1_000_000 * 3 / 4;
+        let roam = busy.iter().any(full) && busy.len() < self.cpus.load(Ordering::Relaxed) as usize;
+        let mut changed = self.place(space, &busy, roam);
         for h in &self.handlers {
             let tid = h.tid.load(Ordering::Relaxed);
             if tid == 0 || tid == STARTING {
@@ -352,12 +376,14 @@ impl Follow {
         self.pace.store(pace.min(LAST_TICK_MS), Ordering::Relaxed);
     }
 
-    /// One handler for each busy CPU; one that is on such a CPU already stays. Whether anything changed.
-    fn place(&self, space: &Space, busy: &[(u64, u32)]) -> bool {
+    /// One handler for each busy CPU; one that is on such a CPU already stays. If one is to `roam`, another listens on whatever CPU
+    /// is free: threads that share a CPU because all they do is wait for one handler are spread only by being
+    /// woken elsewhere, for the scheduler sees no load. Whether anything changed.
+    fn place(&self, space: &Space, busy: &[Busy], roam: bool) -> bool {
         // With raw mapping changes about, one after the other: what one handler resolves must not overtake what
         // another has been told.
         let most = if space.faults.raw_changes() { 1 } else { HANDLERS };
-        let mut want = busy.len().clamp(1, most);
+        let mut want = (busy.len() + usize::from(roam)).clamp(1, most);
         for index in 1..want {
             let tid = &self.handlers[index].tid;
             if tid.compare_exchange(0, STARTING, Ordering::Relaxed, Ordering::Relaxed).is_ok()
@@ -370,7 +396,8 @@ impl Follow {
         }
         let mut moved = false;
         if want > 1 {
-            let mut cpus: Vec<u32> = busy[..want].iter().map(|b| b.1).collect();
+            let mut cpus: Vec<u32> = busy.iter().take(want).map(|b| b.cpu).collect();
+            let taken = cpus.clone();
             let mut free = Vec::new();
             for h in &self.handlers[..want] {
                 match cpus.iter().position(|&c| c == h.cpu.load(Ordering::Relaxed)) {
@@ -378,14 +405,20 @@ impl Follow {
                     None => free.push(h),
                 }
             }
-            for (h, cpu) in free.into_iter().zip(cpus) {
+            let mut cpus = cpus.into_iter();
+            for h in free {
                 let tid = h.tid.load(Ordering::Relaxed);
+                let cpu = cpus.next().unwrap_or(NOWHERE);
                 // One that has just been started is placed at the next look.
-                if tid != STARTING {
-                    h.cpu.store(cpu, Ordering::Relaxed);
-                    crate::sys::bind(tid, cpu);
-                    moved = true;
+                if tid == STARTING || h.cpu.swap(cpu, Ordering::Relaxed) == cpu {
+                    continue;
                 }
+                if cpu == NOWHERE {
+                    crate::sys::keep_off(tid, &taken);
+                } else {
+                    crate::sys::bind(tid, cpu);
+                }
+                moved = true;
             }
         }
         let before = self.active.swap(want as u32, Ordering::Relaxed);

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use arrayvec::ArrayVec;
 
+use super::stream;
 use crate::PAGE_SIZE;
 use crate::device::{DeviceError, LoadOp};
 use crate::domain::Counter;
@@ -121,9 +122,10 @@ impl Space {
         if self.fault_huge(world, &found, addr, hands) {
             return Outcome::Wake;
         }
-        let want = window.min((found.range.end - addr) / PAGE_SIZE);
+        let want = stream::rounded(addr, window).min((found.range.end - addr) / PAGE_SIZE);
         let (done, outcome) = self.bring_in(world, found.range, addr, want, Why::Fault, hands);
-        if window >= GRANULE_PAGES {
+        // (If no CPU is free for the worker, it would bring them in at the expense of who reads now.)
+        if window >= GRANULE_PAGES && !self.faults.follow.is_everywhere() {
             let next = addr + done * PAGE_SIZE;
             self.ask_ahead(next, (next + window * PAGE_SIZE).min(found.range.end));
         }

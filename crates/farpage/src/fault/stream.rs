@@ -1,10 +1,27 @@
 //! Streams: who reads page after page is given many at once.
 
 use crate::PAGE_SIZE;
-use crate::space::range::GRANULE;
+use crate::space::range::{GRANULE, GRANULE_PAGES, STRETCH};
 
 /// Streams followed at once.
 const STREAMS: usize = 16;
+
+/// From which window on, in pages, what comes in ends with a granule: so whole staging slots are used up, and no piece of one is left.
+const WIDE: usize = GRANULE_PAGES / 2;
+/// From which on it ends with a page table: the kernel moves the pages of each by itself, and has other CPUs interrupted for each.
+const TABLE: usize = STRETCH * GRANULE_PAGES;
+
+/// A window of so many pages from `addr` on, shorter or longer so that it ends where it should.
+pub(super) fn rounded(addr: usize, window: usize) -> usize {
+    let unit = match window {
+        ..WIDE => return window,
+        WIDE..TABLE => GRANULE,
+        TABLE.. => STRETCH * GRANULE,
+    };
+    let end = (addr + window * PAGE_SIZE) / unit * unit;
+    let end = if end > addr { end } else { addr / unit * unit + unit };
+    (end - addr) / PAGE_SIZE
+}
 
 #[derive(Clone, Copy, Default)]
 struct Stream {
@@ -54,6 +71,24 @@ mod tests {
     use super::*;
 
     const MOST: usize = 512;
+
+    #[test]
+    fn what_comes_in_ends_with_a_granule_or_a_page_table() {
+        let at = |page: usize| (1 << 30) + page * PAGE_SIZE;
+        assert_eq!([1, 8, 31].map(|window| rounded(at(60), window)), [1, 8, 31]);
+        assert_eq!(rounded(at(9), 32), 55, "up to the granule's end");
+        assert_eq!(rounded(at(60), 32), 4, "not beyond it");
+        assert_eq!(rounded(at(64), 128), 128);
+        assert_eq!(rounded(at(64), 512), 448);
+        assert_eq!(rounded(at(512), 512), 512);
+        for page in 0..1100 {
+            for window in [32, 64, 100, 511, 512] {
+                let n = rounded(at(page), window);
+                let unit = if window < 512 { 64 } else { 512 };
+                assert!(n > 0 && n <= window.max(unit) && (page + n) % unit == 0, "{page} {window} {n}");
+            }
+        }
+    }
 
     #[test]
     fn sequential_faults_open_a_window_and_random_ones_do_not() {

@@ -43,7 +43,8 @@ impl Space {
             }
             let most = self.slots.empty_run(self.most_together()).max(1);
             let (mut n, mut end) = (1, found.end);
-            while n < most && end < found.range.end {
+            // Not beyond a page table: the kernel moves the pages of each by itself.
+            while n < most && end < found.range.end && !end.is_multiple_of(STRETCH * GRANULE) {
                 let next = found.range.granule(end);
                 if !next.granule.has(flag::QUEUED) || !self.dequeue_if(end) {
                     break;

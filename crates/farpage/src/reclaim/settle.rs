@@ -17,7 +17,7 @@ use crate::{PAGE_SIZE, Page};
 use super::Hands;
 
 /// Pages looked at under one hold of the granule's lock, which a fault may be waiting for.
-const BATCH: usize = 16;
+const BATCH: usize = 64;
 
 /// What came of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

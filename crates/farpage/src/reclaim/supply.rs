@@ -29,6 +29,9 @@ const HOLD_STILL: std::time::Duration = std::time::Duration::from_micros(200);
 /// Milliseconds for which somebody else is left to make room.
 const OTHERS_ROOM_MS: u64 = 20;
 
+/// Steps in which a stream makes free the frames for what it brings in, at most; then it takes what there is.
+const GATHER: u32 = 32;
+
 /// What an attempt to make frames free came to.
 enum Reclaimed {
     /// Something has left.
@@ -63,9 +66,22 @@ impl Space {
     pub(crate) fn frames(&self, world: &World, want: usize, hands: &mut Hands) -> Frames {
         let mut waiting_since = None;
         let by_move = want > 1 || self.move_cost.is_low();
+        // Where no CPU is free for the worker, a stream does itself what the worker would do for it.
+        let alone = want >= GRANULE_PAGES && self.faults.follow.is_everywhere();
+        if alone && self.pressure.load(Ordering::Relaxed) {
+            // Frames that lie side by side: for each piece, other CPUs would be interrupted to flush their TLBs.
+            for _ in 0..GATHER {
+                if let Some(run) = self.slots.take_all(want) {
+                    return Frames::Slot(run);
+                }
+                if !matches!(self.reclaim_here(world, hands), Reclaimed::Some) {
+                    break;
+                }
+            }
+        }
         loop {
             if by_move && let Some(run) = self.slots.take(want) {
-                if want > 1 && self.slots.free_frames() < self.marks().low {
+                if want > 1 && !alone && self.slots.free_frames() < self.marks().low {
                     self.ask_for_stock();
                 }
                 return Frames::Slot(run);
@@ -77,7 +93,7 @@ impl Space {
                 return Frames::Kernel(some);
             }
             self.pressure.store(true, Ordering::Relaxed);
-            if want > 1 {
+            if want > 1 && !alone {
                 self.ask_for_stock();
             }
             if want > 1 && self.domain.try_charge(me, 1, budget) {

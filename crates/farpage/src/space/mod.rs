@@ -55,6 +55,8 @@ use crate::sys::uffd::{Stop, Uffd, features};
 use crate::sys::{self, PageScan, RwLock, SharedMap, Stopper};
 use crate::{PAGE_SIZE, domain};
 
+/// Entries at the front of the queue that count as next.
+const NEXT: usize = 4 * range::STRETCH;
 /// Milliseconds until a granule that could not move is tried again.
 const PARKED_MS: u64 = 500;
 
@@ -411,13 +413,11 @@ impl Space {
         first.map(|e| e.1)
     }
 
-    /// Takes the granule at `addr` from the queue if it is the next.
+    /// Takes the granule at `addr` from the queue if it is among the next: two streams' granules come in turns.
     pub(crate) fn dequeue_if(&self, addr: usize) -> bool {
         let mut q = lock(&self.queue);
-        if q.front().is_none_or(|e| e.1 != addr) {
-            return false;
-        }
-        q.pop_front();
+        let Some(at) = q.iter().take(NEXT).position(|e| e.1 == addr) else { return false };
+        q.remove(at);
         self.slot().oldest.store(q.front().map_or(u64::MAX, |e| e.0), Ordering::Relaxed);
         true
     }

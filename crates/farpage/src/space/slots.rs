@@ -57,6 +57,14 @@ struct Shared {
     staged: AtomicU64,
 }
 
+/// Up to `want` slots of the set that lie side by side; those of a whole page table if possible: the kernel moves the pages of each
+/// by itself, and has other CPUs flush their TLBs for each.
+fn side_by_side(slots: &BitSet, want: usize) -> Option<(usize, usize)> {
+    const { assert!(STRETCH == 8) };
+    let table = if want == STRETCH { slots.eight() } else { None };
+    table.map(|first| (first, STRETCH)).or_else(|| slots.run(want))
+}
+
 /// The staging slots of a process.
 pub struct Slots {
     /// Address and length of the mapping.
@@ -222,7 +230,7 @@ impl Slots {
     /// it for each. The first, and how many.
     pub fn take_empty(&self, want: usize) -> Option<(u32, usize)> {
         let mut l = self.lists();
-        let (first, n) = l.empty.run(want)?;
+        let (first, n) = side_by_side(&l.empty, want)?;
         for slot in first..first + n {
             l.empty.set(slot, false);
             l.meta[slot].state = State::Settling;
@@ -335,6 +343,16 @@ impl Slots {
         }
         self.free_hint.store(l.free_frames, Ordering::Relaxed);
         Some(run)
+    }
+
+    /// As [`Slots::take`], all of them, or what there is if there is plenty of it in pieces.
+    pub(crate) fn take_all(&self, want: usize) -> Option<Run> {
+        let slots = want.div_ceil(GRANULE_PAGES);
+        let l = self.lists();
+        let together = side_by_side(&l.whole, slots).is_some_and(|(_, n)| n == slots);
+        let plenty = l.free_frames >= 4 * want as u64;
+        drop(l);
+        if together || plenty { self.take(want) } else { None }
     }
 
     /// The first `n` frames of the run have moved away: their places are holes. The others were not needed.
@@ -483,7 +501,7 @@ impl Lists {
             self.meta[last as usize].listed = false;
         }
         if want >= GRANULE_PAGES
-            && let Some((first, n)) = self.whole.run(want.div_ceil(GRANULE_PAGES))
+            && let Some((first, n)) = side_by_side(&self.whole, want.div_ceil(GRANULE_PAGES))
         {
             return Some(Run { slot: first as u32, first: 0, len: want.min(n * GRANULE_PAGES) });
         }

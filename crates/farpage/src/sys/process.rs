@@ -148,6 +148,12 @@ pub fn bind(tid: u32, cpu: u32) {
     }
 }
 
+/// How many CPUs this process may use.
+pub fn cpus_allowed() -> u32 {
+    // The first thread's are the program's own wish.
+    rustix::thread::sched_getaffinity(Some(rustix::process::getpid())).map_or(1, |set| set.count())
+}
+
 /// Keeps a thread of this process off these CPUs; if no other is left of those that the process may use, it may use all.
 pub fn keep_off(tid: u32, cpus: &[u32]) {
     use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};

@@ -159,7 +159,8 @@ fn touch(file: &DaxFile, rng: &mut Rng) -> Outcome<u64> {
             (at.cast::<u64>().read_volatile(), at.cast::<u64>().add(1).read_volatile())
         };
         // A system call that writes meanwhile may copy byte by byte: what is seen is old or new for each byte only.
-        let whole = mark.to_ne_bytes().into_iter().zip(pages::MARK.to_ne_bytes()).all(|(b, m)| b == 0 || b == m);
+        let whole =
+            mark.to_ne_bytes().into_iter().zip(pages::MARK.to_ne_bytes()).all(|(b, m)| b == 0 || b == m);
         ensure!(whole, "page {page} begins with {mark:#x}");
         ensure!(number == 0 || number == page, "page {number} lies at {page}");
     }

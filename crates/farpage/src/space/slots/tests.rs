@@ -42,6 +42,37 @@ fn a_run_goes_over_whole_slots_and_what_is_left_is_used_up_singly() {
 }
 
 #[test]
+fn eight_slots_are_those_of_a_page_table_if_possible() {
+    let slots = Slots::new(32).unwrap();
+    let (first, _) = slots.take_empty(3).unwrap();
+    assert_eq!((first, slots.take_empty(8)), (0, Some((8, 8))));
+    assert_eq!(slots.take_empty(7), Some((16, 7)));
+    slots.give_back(16);
+    assert_eq!(slots.take_empty(8), Some((24, 8)));
+    // None is left; three and five and what comes after them are.
+    assert_eq!(slots.take_empty(8), Some((3, 5)));
+}
+
+#[test]
+fn all_side_by_side_or_plenty_in_pieces_or_none() {
+    let slots = Slots::new(64).unwrap();
+    free_slots(&slots, 4);
+    assert_eq!((slots.take_all(512), slots.take_all(257)), (None, None));
+    let run = slots.take_all(256).unwrap();
+    assert_eq!(run.len, 256);
+    slots.used(run, 0);
+    // A piece of each of many slots: four times what is wanted.
+    for _ in 0..48 {
+        let slot = free_slots(&slots, 1);
+        slots.used(slots.take(64).unwrap(), 40);
+        assert!(slot < 64);
+    }
+    assert!(slots.free_frames() >= 1024, "{}", slots.free_frames());
+    let run = slots.take_all(256).unwrap();
+    assert!(run.len > 0);
+}
+
+#[test]
 fn free_frames_are_given_up_but_not_those_beside_staged_pages() {
     let slots = Slots::new(8).unwrap();
     let first = free_slots(&slots, 3);
