@@ -45,9 +45,15 @@ impl Orphan {
             };
             match stop {
                 Some(Stop::Again) => self.hear(grandchildren),
-                Some(Stop::NoMemory) if page.is_some() => return self.give(at, None, grandchildren),
                 // Done; or the page is there, or its mapping is gone.
-                _ => return,
+                None | Some(Stop::Exists | Stop::Gone) => return,
+                Some(_) if page.is_some() => return self.give(at, None, grandchildren),
+                // It waits there until we let go of its userfaultfd, and then reads zeros: that has to be known.
+                Some(why) => {
+                    return crate::sys::say(&format!(
+                        "a page at {at:#x} of a child that was forked by a raw system call is lost ({why:?}): it reads zeros there"
+                    ));
+                }
             }
         }
     }

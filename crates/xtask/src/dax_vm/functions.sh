@@ -150,6 +150,17 @@ file_system() {
     try "unmount main" unmounted main && try "check main" check_fs "$1" main
 }
 
+# measure FS MKFS-OPTIONS: farpage's DAX files beside the bare calls, on a file system in /mnt/main.
+measure() {
+    prepare "$1" main "$2" dax=always /mnt/main || return
+    if farpage bench dax --dir /mnt/main; then
+        passed "farpage bench dax"
+    else
+        failed "farpage bench dax" "status $?"
+    fi
+    try "unmount main" unmounted main
+}
+
 # briefly COMMAND...: for what is tried on every machine as well.
 briefly() { (seconds=1 && "$@"); }
 

@@ -36,6 +36,9 @@ pub struct Args {
     /// Runs these shell commands as a scenario of their own; the functions of the scenarios are at hand.
     #[arg(long, value_name = "COMMANDS", conflicts_with = "scenario")]
     run: Option<String>,
+    /// Measures `farpage bench dax` there, on ext4 and on xfs, instead of testing.
+    #[arg(long, conflicts_with_all = ["scenario", "run"])]
+    bench: bool,
     /// On file systems, runs only the test program's cases with this in their names, as `fuse-`.
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     only: String,
@@ -111,6 +114,14 @@ fn chosen(args: &Args) -> Result<Vec<Scenario>, String> {
     if let Some(commands) = args.run.clone() {
         return Ok(vec![Scenario { name: "run", about: "", kind: Kind::Commands(commands) }]);
     }
+    if args.bench {
+        let measure = |fs, options| Scenario {
+            name: if fs == "xfs" { "bench-xfs" } else { "bench-ext4" },
+            about: "",
+            kind: Kind::Commands(format!("measure {fs} '{options}'")),
+        };
+        return Ok(vec![measure("ext4", "-b 4096"), measure("xfs", "-m reflink=0")]);
+    }
     let names = &args.scenario;
     if let Some(unknown) = names.iter().find(|name| SCENARIOS.iter().all(|s| s.name != **name)) {
         return Err(unknown.clone());
@@ -181,7 +192,10 @@ fn prepare(args: &Args, folder: PathBuf) -> Result<Bench, VmError> {
     let kernel = kernel::stock(&folder, args.kernel_from.as_deref())?;
     let tools = tools::Tools::get(&folder.join("tools"))?;
     let suite = suite::build(&folder)?;
-    let system = bench::system(&kernel, &tools, &suite)?;
+    let mut system = bench::system(&kernel, &tools, &suite)?;
+    if args.bench {
+        tools.add_program(&mut system, &suite::command()?)?;
+    }
     let probe = bench::write_initramfs(&folder, "probe", system.clone())?;
     let (accel, why) = machine::accel(&kernel.image, &probe, &folder.join("logs/probe.console"))?;
     if !why.is_empty() {

@@ -1,4 +1,4 @@
-//! The test program that runs in the virtual machine, built so that it needs no libraries there.
+//! Our programs that run in the virtual machine: the test program, built so that it needs no libraries there, and the command.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,9 +23,23 @@ pub fn build(target: &Path) -> Result<PathBuf, VmError> {
     cargo.args(["--target", PLATFORM, "--target-dir"]).arg(&folder);
     cargo.env_remove("CARGO_ENCODED_RUSTFLAGS").env("RUSTFLAGS", "-C target-feature=+crt-static");
     cargo.env("CARGO_PROFILE_RELEASE_DEBUG", "false").env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
+    run(cargo)?;
+    Ok(folder.join(PLATFORM).join("release").join(NAME))
+}
+
+/// Builds the command as its users do; gives where it lies.
+pub fn command() -> Result<PathBuf, VmError> {
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target");
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["build", "--quiet", "--release", "--package", "farpage-cli", "--target-dir"]).arg(&target);
+    run(cargo)?;
+    Ok(target.join("release/farpage"))
+}
+
+fn run(mut cargo: Command) -> Result<(), VmError> {
     // What the compiler says is shown as it comes.
     let why = match cargo.status() {
-        Ok(status) if status.success() => return Ok(folder.join(PLATFORM).join("release").join(NAME)),
+        Ok(status) if status.success() => return Ok(()),
         Ok(status) => status.to_string(),
         Err(e) => e.to_string(),
     };

@@ -37,17 +37,12 @@ impl Tools {
     pub fn add_to(&self, archive: &mut Archive) -> Result<(), VmError> {
         archive.copy("bin/busybox", &self.program("busybox")?)?;
         archive.folder("sbin");
-        let folders = [self.root.join("lib").join(LIBRARIES), self.root.join("usr/lib").join(LIBRARIES)];
-        let loader = self.first(folders.iter().map(|folder| folder.join(LOADER)), LOADER)?;
+        let loader = self.loader()?;
         archive.copy(&format!("lib64/{LOADER}"), &loader)?;
-        let path = folders.map(|folder| folder.to_string_lossy().into_owned()).join(":");
         let mut added = BTreeSet::new();
         for name in PROGRAMS {
             let program = self.program(name)?;
-            let list = output(Command::new(&loader).args(["--library-path", &path, "--list"]).arg(&program))?;
-            for library in libraries(&list).map_err(|library| {
-                VmError::Wrong(format!("{name} needs {library}, which none of its packages has"))
-            })? {
+            for library in self.libraries_of(&program, "")? {
                 let file = library.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 if added.insert(file.clone()) {
                     archive.copy(&format!("lib/{LIBRARIES}/{file}"), &library)?;
@@ -58,6 +53,34 @@ impl Tools {
         let settings = self.root.join("etc/mke2fs.conf");
         archive.file("etc/mke2fs.conf", &fs::read(&settings).map_err(VmError::file(&settings))?);
         Ok(())
+    }
+
+    /// Puts a program of this machine into the archive, with libraries of this machine.
+    pub fn add_program(&self, archive: &mut Archive, program: &Path) -> Result<(), VmError> {
+        let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        for library in self.libraries_of(program, ":/lib/x86_64-linux-gnu:/usr/lib/x86_64-linux-gnu:/lib64")? {
+            let file = library.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            archive.copy(&format!("lib/{LIBRARIES}/{file}"), &library)?;
+        }
+        archive.copy(&format!("bin/{name}"), program)
+    }
+
+    /// The libraries that a program needs, of those of the packages, or of the folders in `more`.
+    fn libraries_of(&self, program: &Path, more: &str) -> Result<Vec<PathBuf>, VmError> {
+        let path = self.folders().map(|folder| folder.to_string_lossy().into_owned()).join(":");
+        let mut list = Command::new(self.loader()?);
+        list.args(["--library-path", &(path + more), "--list"]).arg(program);
+        libraries(&output(&mut list)?).map_err(|library| {
+            VmError::Wrong(format!("{} needs {library}, which is not there", program.display()))
+        })
+    }
+
+    fn folders(&self) -> [PathBuf; 2] {
+        [self.root.join("lib").join(LIBRARIES), self.root.join("usr/lib").join(LIBRARIES)]
+    }
+
+    fn loader(&self) -> Result<PathBuf, VmError> {
+        self.first(self.folders().iter().map(|folder| folder.join(LOADER)), LOADER)
     }
 
     fn program(&self, name: &str) -> Result<PathBuf, VmError> {
