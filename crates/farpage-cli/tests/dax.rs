@@ -76,6 +76,39 @@ fn ls(args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// What is only looked at or held need not be writable.
+#[test]
+fn a_file_that_may_not_be_written_is_listed_mapped_and_held() {
+    let (dir, path) = file(16);
+    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
+    fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let bin = tempfile::tempdir().unwrap();
+    let farpage = public_copy(bin.path());
+    // Root may write everything: somebody else, if there is somebody else to be.
+    let as_other = |what: &str, args: &[&str]| {
+        let mut command = Command::new(&farpage);
+        command.args(["dax", what]).args(args).arg(&path).stdin(Stdio::null());
+        if what != "ls" {
+            command.arg("--page-cache");
+        }
+        if root() {
+            command.uid(65534).gid(65534);
+        }
+        command
+    };
+    let holder = Holder::start(as_other("hold", &[]));
+    let listed = as_other("ls", &[]).output().unwrap();
+    let text = String::from_utf8_lossy(&listed.stdout);
+    assert!(
+        listed.status.success() && text.contains(&format!("{} farpage: pin of 0..64K", holder.pid())),
+        "{listed:?}"
+    );
+    let mapped = as_other("map", &[]).output().unwrap();
+    assert!(mapped.status.success(), "{mapped:?}");
+    let (_, why) = refusal(as_other("punch", &["--timeout", "1s"]).arg("0:4096"));
+    assert!(why.contains("ermission denied"), "{why}");
+}
+
 #[test]
 fn a_punch_waits_for_another_process_and_names_it_or_goes_through() {
     let (_dir, path) = file(16);

@@ -48,7 +48,7 @@ pub fn range_of(
 /// Holds; gives the command's exit status, 0 for a time or until Ctrl-C, 1 if another wanted it.
 pub fn run(args: &Args) -> Result<u8, CliError> {
     let (asked, ask) = std::io::pipe().map_err(system("making a pipe failed"))?;
-    let mut options = args.opening.options().lease(args.lease);
+    let mut options = args.opening.to_look().lease(args.lease);
     if args.long {
         options = options.on_revoke(move |range| {
             let bytes = [range.start.to_ne_bytes(), range.end.to_ne_bytes()].concat();

@@ -95,7 +95,8 @@ mod tests {
         // Small pages: of a file on which nothing was touched yet.
         let file = tempfile::tempfile().unwrap();
         file.set_len(HUGE).unwrap();
-        farpage::sys::dax::map_file_at(std::os::fd::AsFd::as_fd(&file), 0, at, len, false).unwrap();
+        let how = farpage::sys::dax::How { write: true, sync: false };
+        farpage::sys::dax::map_file_at(std::os::fd::AsFd::as_fd(&file), 0, at, len, how).unwrap();
         assert!(!is_huge(None, at) && !is_huge(Some(&scan), at));
         farpage::sys::unmap(at, len).unwrap();
     }

@@ -76,7 +76,7 @@ fn all() -> Result<(Vec<Used>, Vec<Hidden>), DaxCommandError> {
 
 fn these(files: &[PathBuf]) -> Result<(Vec<Used>, Vec<Hidden>), DaxCommandError> {
     let (mut used, mut hidden) = (Vec::new(), Vec::new());
-    let options = DaxOptions::new().page_cache(true).map_sync(false).lease(false);
+    let options = DaxOptions::new().page_cache(true).map_sync(false).read_only(true).lease(false);
     for path in files {
         let file = match open(&options, path) {
             Ok(file) => file,

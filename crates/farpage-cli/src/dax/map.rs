@@ -33,10 +33,10 @@ pub struct Args {
 /// Maps it, says how, stays if it is to; the exit status.
 pub fn run(args: &Args) -> Result<u8, CliError> {
     // Why it is not DAX is said also where that is accepted.
-    let strictly = farpage::dax::DaxOptions::new().map_sync(false).lease(false).wait(args.opening.timeout);
+    let strictly = args.opening.to_look().page_cache(false);
     let (file, why) = match open(&strictly, &args.file) {
         Err(DaxCommandError::NotDax(why)) if args.opening.page_cache => {
-            (open(&args.opening.options(), &args.file)?, Some(reason(&why)))
+            (open(&args.opening.to_look(), &args.file)?, Some(reason(&why)))
         }
         opened => (opened?, None),
     };

@@ -60,6 +60,11 @@ impl Opening {
     fn options(&self) -> DaxOptions {
         DaxOptions::new().page_cache(self.page_cache).map_sync(false).lease(false).wait(self.timeout)
     }
+
+    /// For what changes no byte: it needs no right to write.
+    fn to_look(&self) -> DaxOptions {
+        self.options().read_only(true)
+    }
 }
 
 /// Opens a file by a name that others understand as well: it is what they see in its table.

@@ -146,6 +146,7 @@ impl DaxFile {
     pub fn change(&self, change: Change, wait: &Wait<'_>) -> Result<(), DaxError> {
         let file = &**self.inner();
         file.check_open()?;
+        file.check_writable("change")?;
         if let Change::PunchHole(r) | Change::ZeroRange(r) | Change::CollapseRange(r) = &change
             && r.start >= r.end
         {

@@ -19,6 +19,7 @@ use crate::frame::Pfn;
 use crate::frame::ledger::HolderKind;
 use crate::pagemap::{HoldError, Run};
 use crate::space::pin::Pin;
+use crate::sys::dax::How;
 use crate::sys::{self, dax};
 
 /// A device-dax node (`/dev/dax0.0`) whose pages live by the one rule, in all processes that use farpage: a page that is
@@ -333,7 +334,7 @@ impl DeviceMapping {
         let range = bytes(&pages);
         let len = (range.end - range.start) as usize;
         // The kernel chooses an address of the device's alignment.
-        match dax::map_file(device.file.as_fd(), range.start, len, false) {
+        match dax::map_file(device.file.as_fd(), range.start, len, How { write: true, sync: false }) {
             Ok(addr) => Ok(Self { device: device.clone(), addr, run: Some(run), pages }),
             Err(errno) => {
                 device.give_back(Some(run));

@@ -142,6 +142,14 @@ pub enum DaxError {
         /// The file.
         path: PathBuf,
     },
+    /// The file was opened with [`super::DaxOptions::read_only`].
+    #[error("cannot {what} {}: it was opened for reading only", path.display())]
+    ReadOnly {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+    },
     /// The handle was closed, or made before a `fork`.
     #[error("{} was opened by another process or has been closed: open it again", path.display())]
     Closed {

@@ -26,6 +26,7 @@ use crate::frame::cuts::{Cut, Phase};
 use crate::frame::ledger::HolderKind;
 use crate::pagemap::HoldError;
 use crate::space::pin::Pin;
+use crate::sys::dax::How;
 
 /// How a file's pages are reached.
 ///
@@ -194,6 +195,19 @@ impl Inner {
             return Ok(());
         }
         Err(DaxError::Closed { path: self.path.clone() })
+    }
+
+    /// For what writes to or changes the file.
+    pub fn check_writable(&self, what: &'static str) -> Result<(), DaxError> {
+        if self.options.read_only {
+            return Err(DaxError::ReadOnly { path: self.path.clone(), what });
+        }
+        Ok(())
+    }
+
+    pub fn how_to_map(&self) -> How {
+        let sync = matches!(self.access, Access::Direct { map_sync: true });
+        How { write: !self.options.read_only, sync }
     }
 
     /// References to pages, or the cut that is in their way.
@@ -412,6 +426,7 @@ impl DaxFile {
     /// # Errors
     /// What `pwrite` says: no space, mostly.
     pub fn write_at(&self, buf: &[u8], at: u64) -> Result<usize, DaxError> {
+        self.0.check_writable("write to")?;
         let written = self.0.write_some_at(buf, at)?;
         self.0.table.announce_growth();
         Ok(written)
@@ -423,6 +438,7 @@ impl DaxFile {
     /// What `pwrite` says; a part may have been written then, and is cut off again.
     pub fn append(&self, buf: &[u8]) -> Result<u64, DaxError> {
         self.0.check_open()?;
+        self.0.check_writable("append to")?;
         let _size = self.0.table.lock_size();
         let at = self.0.len()?;
         if let Err(e) = self.0.write_all_at(buf, at) {
@@ -454,6 +470,7 @@ impl DaxFile {
         if range.start >= range.end {
             return Err(self.0.bad_range(&range, "is empty"));
         }
+        self.0.check_writable("set blocks aside for")?;
         let len = range.end - range.start;
         rustix::fs::fallocate(&self.0.fd, FallocateFlags::empty(), range.start, len)
             .map_err(|e| self.0.failed("set blocks aside for", e))?;

@@ -115,9 +115,9 @@ impl Mapped {
 
     /// Maps pages that are held already.
     fn map(&self, pages: &Range<Pfn>) -> Result<(), rustix::io::Errno> {
-        let sync = matches!(self.file.access, Access::Direct { map_sync: true });
         let len = pages.len() * PAGE_SIZE;
-        dax::map_file_at(self.file.fd.as_fd(), bytes(pages).start, self.addr_of(pages.start), len, sync)
+        let how = self.file.how_to_map();
+        dax::map_file_at(self.file.fd.as_fd(), bytes(pages).start, self.addr_of(pages.start), len, how)
     }
 
     fn gaps(&self, cuts: &[Cut]) -> Vec<Range<Pfn>> {
@@ -250,10 +250,9 @@ impl DaxMapping {
     pub(super) fn new(file: &Arc<Inner>, pages: Range<Pfn>) -> Result<Self, DaxError> {
         let table = &file.table;
         let len = pages.len() * PAGE_SIZE;
-        let sync = matches!(file.access, Access::Direct { map_sync: true });
         // Where huge pages can be, the kernel chooses an address that lies to one as the file's offset does. Nobody knows
         // the address yet, so nobody reaches pages through it before they are held.
-        let addr = dax::map_file(file.fd.as_fd(), bytes(&pages).start, len, sync);
+        let addr = dax::map_file(file.fd.as_fd(), bytes(&pages).start, len, file.how_to_map());
         let addr = addr.map_err(|e| file.failed("map", e))?;
         let unmap = |e| {
             let _gone = sys::unmap(addr, len);
@@ -358,6 +357,7 @@ impl DaxMapping {
         if range.is_empty() {
             return Ok(());
         }
+        self.0.file.check_writable("write to")?;
         // It must not grow the file: what has been cut off stays so.
         let _stays = self.0.file.pin_bytes(&range)?;
         let end = self.0.file.len()?;

@@ -64,6 +64,7 @@ pub(super) type Revoke = dyn Fn(Range<u64>) + Send + Sync;
 pub struct DaxOptions {
     page_cache: bool,
     map_sync: bool,
+    pub(super) read_only: bool,
     pub(super) wait: Duration,
     pub(super) lease: bool,
     pub(super) revoke: Option<Arc<Revoke>>,
@@ -76,6 +77,7 @@ impl Default for DaxOptions {
         Self {
             page_cache: false,
             map_sync: true,
+            read_only: false,
             wait: Duration::from_secs(10),
             lease: true,
             revoke: None,
@@ -109,6 +111,31 @@ impl DaxOptions {
     #[must_use]
     pub fn map_sync(mut self, must: bool) -> Self {
         self.map_sync = must;
+        self
+    }
+
+    /// Opens the file for reading only, as one must who may not write it: mappings cannot be written (SIGSEGV), and what writes to
+    /// or changes the file fails with [`DaxError::ReadOnly`]. References count as any others.
+    ///
+    /// ```
+    /// use farpage::Pin;
+    /// use farpage::dax::{DaxError, DaxOptions};
+    ///
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("file");
+    /// # let options = DaxOptions::new().page_cache(true).tables(dir.path());
+    /// # options.create(&path)?.write_at(&[7; 8192], 0)?;
+    /// let file = options.read_only(true).open(&path)?;
+    /// let map = file.map(0..8192)?;
+    /// let pin = map.pin(0..4096, Pin::Short)?;
+    /// // SAFETY: pinned.
+    /// assert_eq!(unsafe { pin.as_ptr().unwrap().read_volatile() }, 7);
+    /// assert!(matches!(file.truncate(0), Err(DaxError::ReadOnly { .. })));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn read_only(mut self, only: bool) -> Self {
+        self.read_only = only;
         self
     }
 
@@ -153,7 +180,7 @@ impl DaxOptions {
         self
     }
 
-    /// Opens a file for reading and writing.
+    /// Opens a file for reading and, unless it is [`Self::read_only`], writing.
     ///
     /// ```
     /// # use farpage::dax::{DaxError, DaxOptions};
@@ -168,10 +195,10 @@ impl DaxOptions {
     /// # Errors
     /// See [`DaxError`].
     pub fn open(&self, path: impl AsRef<Path>) -> Result<DaxFile, DaxError> {
-        self.open_with(path.as_ref(), OFlags::empty())
+        self.open_at(path.as_ref())
     }
 
-    /// Opens a file, or creates it (0600), for reading and writing.
+    /// As [`Self::open`]; creates the file (0600) if it is not there.
     ///
     /// # Errors
     /// See [`DaxError`]. A file that it has created stays, also if it turns out not to be DAX.
@@ -184,7 +211,7 @@ impl DaxOptions {
         }
     }
 
-    fn open_with(&self, path: &Path, flags: OFlags) -> Result<DaxFile, DaxError> {
+    fn open_at(&self, path: &Path) -> Result<DaxFile, DaxError> {
         let failed = |what| {
             let path = path.to_owned();
             move |errno| DaxError::Sys { path, what, errno }
@@ -207,7 +234,7 @@ impl DaxOptions {
         // A name that means something to others, too.
         let name = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         let table = Table::attach(&table_path, &name, pages, None, false).map_err(table_error)?;
-        let flags = flags | OFlags::RDWR | OFlags::CLOEXEC;
+        let flags = OFlags::CLOEXEC | if self.read_only { OFlags::RDONLY } else { OFlags::RDWR };
         let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open"))?;
         // The name may be another file's by now.
         if dax::file_identity(fd.as_fd()).map_err(failed("look at"))? != identity {
@@ -221,7 +248,7 @@ impl DaxOptions {
     fn access(&self, fd: &OwnedFd, path: &Path) -> Result<Access, DaxError> {
         let failed = |errno| DaxError::Sys { path: path.to_owned(), what: "look at", errno };
         let direct = dax::is_dax(fd.as_fd()).map_err(failed)?;
-        let map_sync = direct && dax::grants_map_sync(fd.as_fd());
+        let map_sync = direct && dax::grants_map_sync(fd.as_fd(), !self.read_only);
         match (direct, map_sync) {
             (true, true) => return Ok(Access::Direct { map_sync }),
             (true, false) if self.page_cache || !self.map_sync => return Ok(Access::Direct { map_sync }),

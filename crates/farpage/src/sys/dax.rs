@@ -78,18 +78,29 @@ pub fn is_dax(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(stat.stx_attributes & stat.stx_attributes_mask & STATX_ATTR_DAX != 0)
 }
 
-/// Whether a mapping of the file may be durable by writing back the CPU's caches alone (MAP_SYNC).
-pub fn grants_map_sync(fd: BorrowedFd<'_>) -> bool {
+fn protection(write: bool) -> ProtFlags {
+    if write { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ }
+}
+
+/// Whether a mapping of the file, to read or to write, may be durable by writing back the CPU's caches alone (MAP_SYNC).
+pub fn grants_map_sync(fd: BorrowedFd<'_>, write: bool) -> bool {
     let len = crate::PAGE_SIZE;
     let flags = MapFlags::SHARED_VALIDATE | MapFlags::SYNC;
     // SAFETY: the kernel chooses the address; the mapping is not touched.
-    let map = unsafe {
-        rustix::mm::mmap(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags, fd, 0)
-    };
+    let map = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection(write), flags, fd, 0) };
     map.is_ok_and(|addr| {
         // SAFETY: the mapping just made, of which nobody knows.
         unsafe { rustix::mm::munmap(addr, len) }.is_ok()
     })
+}
+
+/// How a file is mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct How {
+    /// It can be written.
+    pub write: bool,
+    /// With MAP_SYNC.
+    pub sync: bool,
 }
 
 /// Maps `[offset, offset + len)` of a file where the kernel likes; a forked child does not get it. (One that is forked in the
@@ -97,11 +108,12 @@ pub fn grants_map_sync(fd: BorrowedFd<'_>) -> bool {
 ///
 /// # Errors
 /// What `mmap` or `madvise` says; nothing is mapped then.
-pub fn map_file(fd: BorrowedFd<'_>, offset: u64, len: usize, sync: bool) -> Result<usize, Errno> {
-    let flags = if sync { MapFlags::SHARED_VALIDATE | MapFlags::SYNC } else { MapFlags::SHARED };
-    let prot = ProtFlags::READ | ProtFlags::WRITE;
+pub fn map_file(fd: BorrowedFd<'_>, offset: u64, len: usize, how: How) -> Result<usize, Errno> {
+    let flags = if how.sync { MapFlags::SHARED_VALIDATE | MapFlags::SYNC } else { MapFlags::SHARED };
     // SAFETY: the kernel chooses the address.
-    let addr = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, flags, fd, offset)? } as usize;
+    let addr =
+        unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection(how.write), flags, fd, offset)? }
+            as usize;
     if let Err(e) = super::keep_from_children(addr, len) {
         super::unmap(addr, len)?;
         return Err(e);
@@ -114,14 +126,8 @@ pub fn map_file(fd: BorrowedFd<'_>, offset: u64, len: usize, sync: bool) -> Resu
 ///
 /// # Errors
 /// What the calls say; the range is then what it was.
-pub fn map_file_at(
-    fd: BorrowedFd<'_>,
-    offset: u64,
-    addr: usize,
-    len: usize,
-    sync: bool,
-) -> Result<(), Errno> {
-    let made = map_file(fd, offset, len, sync)?;
+pub fn map_file_at(fd: BorrowedFd<'_>, offset: u64, addr: usize, len: usize, how: How) -> Result<(), Errno> {
+    let made = map_file(fd, offset, len, how)?;
     super::remap(made, len, len, Some(addr)).map(drop).inspect_err(|_| _ = super::unmap(made, len))
 }
 
@@ -132,7 +138,7 @@ pub fn map_file_at(
 /// No descriptor, no memory; the range is then what it was.
 pub fn map_nothing_at(addr: usize, len: usize) -> Result<(), Errno> {
     let empty = rustix::fs::memfd_create("farpage-nothing", MemfdFlags::CLOEXEC)?;
-    map_file_at(empty.as_fd(), 0, addr, len, false)
+    map_file_at(empty.as_fd(), 0, addr, len, How { write: true, sync: false })
 }
 
 /// Makes what this CPU and others wrote in `[addr, addr + len)` of a MAP_SYNC mapping durable: writes the lines back and
@@ -265,7 +271,7 @@ mod tests {
     fn an_ordinary_file_is_not_dax() {
         let file = tempfile::tempfile().unwrap();
         assert_eq!(is_dax(file.as_fd()), Ok(false));
-        assert!(!grants_map_sync(file.as_fd()));
+        assert!(![false, true].iter().any(|write| grants_map_sync(file.as_fd(), *write)));
     }
 
     #[test]

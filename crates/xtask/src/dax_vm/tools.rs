@@ -58,7 +58,9 @@ impl Tools {
     /// Puts a program of this machine into the archive, with libraries of this machine.
     pub fn add_program(&self, archive: &mut Archive, program: &Path) -> Result<(), VmError> {
         let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        for library in self.libraries_of(program, ":/lib/x86_64-linux-gnu:/usr/lib/x86_64-linux-gnu:/lib64")? {
+        for library in
+            self.libraries_of(program, ":/lib/x86_64-linux-gnu:/usr/lib/x86_64-linux-gnu:/lib64")?
+        {
             let file = library.file_name().unwrap_or_default().to_string_lossy().into_owned();
             archive.copy(&format!("lib/{LIBRARIES}/{file}"), &library)?;
         }

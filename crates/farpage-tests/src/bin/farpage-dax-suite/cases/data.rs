@@ -1,16 +1,18 @@
 //! Bytes: written and read in every way, by two processes, and never by way of the page cache where the file is DAX.
 
-use farpage::dax::DaxFile;
+use farpage::Pin;
+use farpage::dax::{Change, DaxError, DaxFile};
 use farpage_tests::Verdict;
 use rustix::mm::{MapFlags, ProtFlags};
 
 use super::{Case, PASSED, case};
-use crate::pages::{self, PAGE};
+use crate::pages::{self, Held, PAGE};
 use crate::peer::Peer;
-use crate::place::{Expect, Place};
+use crate::place::{Expect, Place, long, soon};
 use crate::{Outcome, ensure};
 
-pub const CASES: &[Case] = &[case("read-write-flush", read_write), case("page-cache-bypass", bypass)];
+pub const CASES: &[Case] =
+    &[case("read-write-flush", read_write), case("read-only", read_only), case("page-cache-bypass", bypass)];
 
 fn read_write(place: &Place) -> Outcome<Verdict> {
     let file = place.file(64)?;
@@ -44,6 +46,44 @@ fn read_write(place: &Place) -> Outcome<Verdict> {
     pages::verify(&page, 79, 2)?;
     ensure!(file.read_at(&mut page, 80 * PAGE)? == 0, "more is read than there is");
     ensure!(file.audit().is_empty(), "{:?}", file.audit());
+    PASSED
+}
+
+/// A handle that may not write counts, sees and waits as any other; what it has mapped is mapped again after a cut, to read.
+fn read_only(place: &Place) -> Outcome<Verdict> {
+    let file = place.file(16)?;
+    let only = place.options().read_only(true).open(file.path())?;
+    ensure!(only.access() == file.access(), "{:?} to read, {:?} to write", only.access(), file.access());
+    let map = only.map(pages::bytes(0..16))?;
+    let protection = || -> Outcome<String> {
+        let maps = std::fs::read_to_string("/proc/self/maps")?;
+        let at = format!("{:x}-", map.as_ptr() as usize);
+        let line = maps.lines().find(|line| line.starts_with(&at)).ok_or("it is not mapped")?;
+        Ok(line.split(' ').nth(1).unwrap_or_default().to_owned())
+    };
+    ensure!(protection()? == "r--s", "mapped as {}", protection()?);
+    let pin = map.pin(0..PAGE as usize, Pin::Short)?;
+    let cut = file.change(Change::PunchHole(pages::bytes(0..1)), &soon());
+    ensure!(matches!(cut, Err(DaxError::Held { .. })), "cut under a pin: {cut:?}");
+    drop(pin);
+    file.change(Change::PunchHole(pages::bytes(0..1)), &long())?;
+    // SAFETY: inside the mapping; of what is there again only the kernel is asked for longer than it takes.
+    let page = unsafe { pages::copy(map.as_ptr(), PAGE as usize) };
+    ensure!(pages::look(&page)? == Held::Zeros, "the hole is not seen");
+    ensure!(protection()? == "r--s", "mapped again as {}", protection()?);
+    let refused = [
+        only.write_at(&[1], 0).err(),
+        only.append(&[1]).err(),
+        only.allocate(0..PAGE).err(),
+        only.truncate(0).err(),
+        map.write(0, &[1]).err(),
+    ];
+    for error in refused {
+        ensure!(matches!(error, Some(DaxError::ReadOnly { .. })), "{error:?}");
+    }
+    map.flush(0..map.len())?;
+    only.flush(0..PAGE)?;
+    ensure!(file.len()? == 16 * PAGE && file.audit().is_empty(), "{} {:?}", file.len()?, file.audit());
     PASSED
 }
 
