@@ -115,12 +115,17 @@ fn chosen(args: &Args) -> Result<Vec<Scenario>, String> {
         return Ok(vec![Scenario { name: "run", about: "", kind: Kind::Commands(commands) }]);
     }
     if args.bench {
-        let measure = |fs, options| Scenario {
-            name: if fs == "xfs" { "bench-xfs" } else { "bench-ext4" },
+        let measure = |name, fs, options| Scenario {
+            name,
             about: "",
             kind: Kind::Commands(format!("measure {fs} '{options}'")),
         };
-        return Ok(vec![measure("ext4", "-b 4096"), measure("xfs", "-m reflink=0")]);
+        return Ok(vec![
+            measure("bench-ext4", "ext4", "-b 4096"),
+            // Blocks in pieces of 2 MiB, which are mapped by huge pages.
+            measure("bench-ext4-2m", "ext4", "-b 4096 -E stride=512,stripe_width=512"),
+            measure("bench-xfs", "xfs", "-m reflink=0"),
+        ]);
     }
     let names = &args.scenario;
     if let Some(unknown) = names.iter().find(|name| SCENARIOS.iter().all(|s| s.name != **name)) {
