@@ -251,12 +251,17 @@ unsafe fn madvise_managed(addr: *mut c_void, len: size_t, advice: c_int) -> c_in
     let (start, size) = (addr as usize, round(len));
     let end = start.saturating_add(size);
     // SAFETY: the caller's contract.
-    let call = || unsafe { raw(libc::SYS_madvise, [start, len, advice as usize, 0, 0, 0]) };
+    let call_with = |advice: c_int| unsafe { raw(libc::SYS_madvise, [start, len, advice as usize, 0, 0, 0]) };
+    let call = || call_with(advice);
     let Some(space) = managed().filter(|s| size != 0 && s.manages(start, end)) else {
         return call().map_or_else(|e| c_int::from(fail::<i8>(e)), |_| 0);
     };
     let r = match advice {
-        libc::MADV_DONTNEED | libc::MADV_FREE | libc::MADV_REMOVE | libc::MADV_DONTNEED_LOCKED => {
+        // At once: freed pages that the kernel takes whenever it likes would stay charged, and go from where they are staged.
+        libc::MADV_FREE => {
+            space.change(|world| space.discard(world, start, end, || call_with(libc::MADV_DONTNEED)))
+        }
+        libc::MADV_DONTNEED | libc::MADV_REMOVE | libc::MADV_DONTNEED_LOCKED => {
             space.change(|world| space.discard(world, start, end, call))
         }
         libc::MADV_WILLNEED => call().inspect(|_| space.will_need(start, end)),

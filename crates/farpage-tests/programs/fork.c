@@ -373,6 +373,46 @@ static void advice(void) {
     check(data, pages, 1, 0, "parent");
 }
 
+/* What was said of a range holds where `mremap` has put it, for what it grew by, and for the place that it left. */
+static void advice_moved(void) {
+    setup();
+    size_t part = pages / 8;
+    char *place = mmap(NULL, 4 * part * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    ok(place != MAP_FAILED);
+    char *wiped = data + part * PAGE, *kept_back = data + 2 * part * PAGE, *left = data + 3 * part * PAGE;
+    ok(madvise(wiped, part * PAGE, MADV_WIPEONFORK) == 0);
+    ok(madvise(kept_back, part * PAGE, MADV_DONTFORK) == 0);
+    ok(madvise(left, part * PAGE, MADV_WIPEONFORK) == 0);
+    wiped = mremap(wiped, part * PAGE, 2 * part * PAGE, MREMAP_MAYMOVE);
+    ok(wiped != MAP_FAILED);
+    fill(wiped + part * PAGE, part, 7, 0);
+    ok(mremap(kept_back, part * PAGE, part * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, place) == place);
+    kept_back = place;
+    char *moved = mremap(left, part * PAGE, part * PAGE, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, NULL);
+    if (moved != MAP_FAILED) fill(left, part, 8, 0);
+    pressure();
+    pid_t pid = fork_or_die();
+    if (pid == 0) {
+        check_zero(wiped, 2 * part, "MADV_WIPEONFORK, then mremap");
+        if (moved != MAP_FAILED) {
+            check_zero(moved, part, "MADV_WIPEONFORK, then MREMAP_DONTUNMAP");
+            check_zero(left, part, "left behind by MREMAP_DONTUNMAP");
+        }
+        unsigned char there;
+        if (mincore(kept_back, PAGE, &there) == 0 || errno != ENOMEM) die("MADV_DONTFORK: the range is in the child");
+        check(data, part, 1, 0, "what was not moved");
+        _exit(0);
+    }
+    reap(pid, 0, "advice_moved");
+    check(wiped, part, 1, part, "parent, grown");
+    check(wiped + part * PAGE, part, 7, 0, "parent, what it grew by");
+    check(kept_back, part, 1, 2 * part, "parent, moved");
+    if (moved != MAP_FAILED) {
+        check(moved, part, 1, 3 * part, "parent, moved from a place that stays");
+        check(left, part, 8, 0, "parent, left behind");
+    }
+}
+
 /* Three children and the parent write for ever, each says so now and then: for tests that kill. */
 static void endless(void) {
     setup();
@@ -426,6 +466,7 @@ int main(int argc, char **argv) {
         {"snapshot", snapshot}, {"modify", modify},           {"storm", storm},     {"killed", killed},
         {"execs", execs},       {"leaf", leaf},               {"thread", thread},   {"raw-syscall", raw_syscall},
         {"raw-asm", raw_asm},   {"raw-fork", raw_fork},       {"orphan", orphan},   {"advice", advice},
+        {"advice-moved", advice_moved},
         {"endless", endless},   {"workers", workers},         {NULL, NULL},
     };
     return run_case(argc, argv, cases);

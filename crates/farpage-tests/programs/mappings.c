@@ -267,6 +267,44 @@ static void do_free(void) {
     drop(p, N);
 }
 
+/* Freed pages that the kernel is asked to take away, here and where the manager has put them meanwhile. */
+static void do_free_pageout(void) {
+    char *p = region();
+    for (uint64_t round = 0; round < 6; round++) {
+        fill(p, N, 40 + round, 0);
+        ok(madvise(p, N * PAGE, MADV_FREE) == 0);
+        evict(p, N * PAGE);
+        bring(p, N);
+        for (size_t i = 0; i < N; i += 5) fill_page(p + i * PAGE, 60 + round, i);
+        for (size_t i = 0; i < N; i++) {
+            if (i % 5 == 0)
+                check_page(p + i * PAGE, 60 + round, i, at("written after MADV_FREE"));
+            else if (*(volatile uint64_t *)(p + i * PAGE) == 0)
+                check_zero(p + i * PAGE, 1, at("freed"));
+            else
+                check_page(p + i * PAGE, 40 + round, i, at("not freed yet"));
+        }
+    }
+    drop(p, N);
+}
+
+/* Pages of which the neighbours are unmapped are paged as before: that this much of them fits shows the budget. */
+static void do_cut(void) {
+    enum { PIECE = 64 };
+    size_t n = 12 * N, gone = state % 2 ? PIECE / 2 : 0;
+    char *p = map_pages(n);
+    for (size_t i = 0; i < n; i += PIECE) {
+        fill(p + i * PAGE, PIECE, 1, i);
+        drop(p + (i + gone) * PAGE, 1);
+        if (state == MIXED) drop(p + (i + gone + 9) * PAGE, 2);
+    }
+    for (size_t i = 0; i < n; i++) {
+        size_t in = i % PIECE - gone;
+        if (in != 0 && !(state == MIXED && (in == 9 || in == 10))) check_page(p + i * PAGE, 1, i, at("beside a hole"));
+    }
+    drop(p, n);
+}
+
 static void do_advise(void) {
     static const int advice[] = {MADV_WILLNEED, MADV_COLD,          MADV_PAGEOUT,        MADV_POPULATE_READ, MADV_POPULATE_WRITE,
                                  MADV_RANDOM,   MADV_SEQUENTIAL,    MADV_NORMAL,         MADV_HUGEPAGE,      MADV_NOHUGEPAGE,
@@ -570,6 +608,8 @@ CASE(small_over)
 CASE(protect)
 CASE(dontneed)
 CASE(free)
+CASE(free_pageout)
+CASE(cut)
 CASE(advise)
 CASE(mlock)
 CASE(mlockall)
@@ -593,6 +633,8 @@ int main(int argc, char **argv) {
         {"protect", case_protect},
         {"dontneed", case_dontneed},
         {"free", case_free},
+        {"free-pageout", case_free_pageout},
+        {"cut", case_cut},
         {"advise", case_advise},
         {"mlock", case_mlock},
         {"mlockall", case_mlockall},

@@ -168,10 +168,7 @@ impl DaxFile {
     }
 }
 
-/// So long after that; or in a hundred years, if a clock does not go as far.
-pub(super) fn after(start: Instant, timeout: Duration) -> Instant {
-    start.checked_add(timeout).unwrap_or_else(|| start + Duration::from_secs(100 * 365 * 86_400))
-}
+pub(super) use crate::sys::after;
 
 /// How long somebody has waited, from when he first had to: most never have to, and do not look at the clock.
 struct Patience<'w> {

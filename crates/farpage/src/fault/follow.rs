@@ -319,13 +319,13 @@ impl Follow {
     /// A look at all threads and handlers, by the worker.
     pub fn tick(&self, space: &Space) {
         let now = crate::sys::now_ms();
-        let elapsed = (now - self.ticked.swap(now, Ordering::Relaxed)).clamp(1, LAST_TICK_MS);
+        let elapsed = now.saturating_sub(self.ticked.swap(now, Ordering::Relaxed)).clamp(1, LAST_TICK_MS);
         let fast = FAST * elapsed.div_ceil(FIRST_TICK_MS);
         let mut busy: Vec<Busy> = Vec::new();
         let mut total = 0;
         for t in &self.threads {
             let faults = t.faults.load(Ordering::Relaxed);
-            let new = faults - t.seen.swap(faults, Ordering::Relaxed);
+            let new = faults.saturating_sub(t.seen.swap(faults, Ordering::Relaxed));
             total += new;
             let cpu = t.cpu.load(Ordering::Relaxed);
             let threads = u32::from(new >= fast);
@@ -410,15 +410,16 @@ impl Follow {
                 let tid = h.tid.load(Ordering::Relaxed);
                 let cpu = cpus.next().unwrap_or(NOWHERE);
                 // One that has just been started is placed at the next look.
-                if tid == STARTING || h.cpu.swap(cpu, Ordering::Relaxed) == cpu {
+                if tid == STARTING {
                     continue;
                 }
+                moved |= h.cpu.swap(cpu, Ordering::Relaxed) != cpu;
                 if cpu == NOWHERE {
+                    // Each time: the others may have moved, and one that was just started is where the worker was.
                     crate::sys::keep_off(tid, &taken);
                 } else {
                     crate::sys::bind(tid, cpu);
                 }
-                moved = true;
             }
         }
         let before = self.active.swap(want as u32, Ordering::Relaxed);

@@ -403,7 +403,7 @@ impl FrameTable {
     pub fn wait_idle(&self, pfn: Pfn, timeout: Duration) -> bool {
         // Someone who dies between freeing and waking wakes nobody: look again from time to time.
         const AT_MOST: Duration = Duration::from_millis(50);
-        let deadline = std::time::Instant::now() + timeout;
+        let deadline = crate::sys::after(std::time::Instant::now(), timeout);
         self.waiters.fetch_add(1, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         let idle = loop {

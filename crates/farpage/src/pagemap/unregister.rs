@@ -193,7 +193,7 @@ impl Pagemap {
         owner: Owner,
         timeout: Duration,
     ) -> Result<(), UnregisterError> {
-        let deadline = Instant::now() + timeout;
+        let deadline = crate::sys::after(Instant::now(), timeout);
         while !self.live.begin_remove(owner) {
             match self.live.phase() {
                 Phase::Fresh | Phase::Gone => return Err(NotLive::Unregistered.into()),

@@ -37,6 +37,7 @@ impl Space {
         // Each granule at most once: some cannot move.
         for _ in 0..=self.queued() {
             let Some(addr) = self.dequeue() else { return Evicted::Nothing };
+            self.enqueue_parts(world, addr);
             let Some(found) = world.ranges.granule(addr) else { continue };
             if !found.granule.has(flag::QUEUED) {
                 continue;
@@ -49,6 +50,7 @@ impl Space {
                 if !next.granule.has(flag::QUEUED) || !self.dequeue_if(end) {
                     break;
                 }
+                self.enqueue_parts(world, end);
                 (n, end) = (n + 1, next.end);
             }
             match self.evict(world, &found.range.stretch(found.start, end)) {

@@ -104,6 +104,7 @@ impl Space {
             let mut freed = 0u64;
             let (mut clean, mut same) = (0, 0);
             self.fetch(slot, staged, base);
+            self.slots.begin_copy(slot);
             for i in members(staged & !job.refused).take(batch) {
                 let at = base + i * PAGE_SIZE;
                 // The page is staged and we hold its granule's lock.
@@ -152,8 +153,8 @@ impl Space {
         let (done, untried) = {
             let _guard = found.granule.lock();
             let staged = self.slots.staged(slot);
-            let freed = self.publish(&dirty, base, staged, &mut puts);
-            // Taken back meanwhile: stored for nothing.
+            let freed = self.publish(&dirty, base, staged & !self.slots.rewritten(slot), &mut puts);
+            // Taken back meanwhile, or changed by a device: stored for nothing.
             undone.extend(dirty.iter().filter(|d| freed & (1 << d.page) == 0).filter_map(|d| d.stored));
             job.moved |= freed;
             self.slots.set_staged(slot, staged & !freed);

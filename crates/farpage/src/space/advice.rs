@@ -5,6 +5,9 @@ use std::sync::atomic::Ordering;
 use super::range::{GRANULE, STRETCH};
 use super::{Space, World};
 
+/// Stretches that wait to be brought in, at most.
+const AHEAD: usize = 512;
+
 impl Space {
     /// `MADV_PAGEOUT` (and, without `settle`, `MADV_COLD`): these pages leave DRAM now.
     #[doc(hidden)]
@@ -36,12 +39,13 @@ impl Space {
         true
     }
 
-    /// `MADV_WILLNEED`: the worker brings these pages in before they are asked for.
+    /// `MADV_WILLNEED`: the worker brings these pages in before they are asked for, unless it is behind by far.
     #[doc(hidden)]
     pub fn will_need(&self, start: usize, end: usize) {
         let mut ahead = self.ahead.lock();
         let stretch = STRETCH * GRANULE;
-        ahead.extend((start..end).step_by(stretch).take(512).map(|s| (s, (s + stretch).min(end))));
+        let room = AHEAD.saturating_sub(ahead.len());
+        ahead.extend((start..end).step_by(stretch).take(room).map(|s| (s, (s + stretch).min(end))));
         drop(ahead);
         self.wake_worker();
     }

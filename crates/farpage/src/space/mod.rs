@@ -42,7 +42,7 @@ use std::sync::{MutexGuard, OnceLock, PoisonError};
 pub use hold::Hold;
 #[doc(hidden)]
 pub use on_device::OnDevice;
-use range::{Found, Ranges, flag};
+use range::{Found, GRANULE, Ranges, flag};
 pub use running::Running;
 use slots::Slots;
 
@@ -404,6 +404,16 @@ impl Space {
         }
     }
 
+    /// The granule at `addr` has left the queue: what was cut off it while it was there, of which the queue does not know, queues.
+    pub(crate) fn enqueue_parts(&self, world: &World, addr: usize) {
+        let end = addr / GRANULE * GRANULE + GRANULE;
+        for (found, ..) in world.ranges.granules(addr, end) {
+            if found.start > addr && found.granule.clear(flag::CUT) && found.granule.clear(flag::QUEUED) {
+                self.enqueue(&found);
+            }
+        }
+    }
+
     /// The granule that arrived first.
     pub(crate) fn dequeue(&self) -> Option<usize> {
         let mut q = lock(&self.queue);
@@ -441,8 +451,11 @@ impl Space {
         }
         let granules = std::mem::take(&mut parked.0);
         drop(parked);
-        for found in granules.iter().filter_map(|&at| world.ranges.granule(at)) {
-            if found.granule.clear(flag::QUEUED) {
+        for at in granules {
+            self.enqueue_parts(world, at);
+            if let Some(found) = world.ranges.granule(at)
+                && found.granule.clear(flag::QUEUED)
+            {
                 self.enqueue(&found);
             }
         }

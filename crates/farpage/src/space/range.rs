@@ -31,6 +31,8 @@ pub mod flag {
     pub const ENTRIES: u32 = 16;
     /// The first of 2 MiB that left as one page. Where not all of them are on one device any more it means nothing.
     pub const HUGE: u32 = 32;
+    /// Was cut off a granule that was queued or parked, and is so by the name of that one's first byte.
+    pub const CUT: u32 = 64;
 }
 
 /// What is known of a granule (of the part of it that lies in one range).
@@ -204,7 +206,8 @@ impl Range {
         let mut upper: Vec<Granule> = Vec::new();
         if !at.is_multiple_of(GRANULE) {
             let shared = &self.granules[first];
-            let flags = AtomicU32::new(shared.flags.load(Ordering::Relaxed));
+            let flags = shared.flags.load(Ordering::Relaxed);
+            let flags = AtomicU32::new(if flags & flag::QUEUED != 0 { flags | flag::CUT } else { flags });
             debug_assert!(shared.slot().is_none());
             // Pins go by the page's place in the granule, so both parts can have the same.
             upper.push(Granule { flags, pins: shared.pins.clone(), ..Granule::default() });

@@ -66,17 +66,27 @@ impl Space {
         if founds.is_empty() {
             return Ok(to); // not ours before, and not afterwards
         }
+        // What was said of the mapping is true of what the kernel makes of it.
+        let secret = |world: &World, at| world.ranges.find(at).is_some_and(|r| r.not_for_children);
+        let (first_secret, last_secret) =
+            (secret(world, from), secret(world, from + kept.saturating_sub(PAGE_SIZE)));
         if to != from {
             self.move_entries(world, from, to, kept)?;
             if keep_old {
                 let _not_registered = world.uffd.unregister(from, old_len);
                 self.add(world, from, from + old_len)?;
+                if first_secret {
+                    self.set_fork(world, from, from + old_len, true);
+                }
             }
         }
         if new_len > old_len {
             // The kernel grew the registered mapping; `add` decides anew, and says so to the kernel.
             let _not_registered = world.uffd.unregister(to + kept, new_len - kept);
             self.add(world, to + kept, to + new_len)?;
+            if last_secret {
+                self.set_fork(world, to + kept, to + new_len, true);
+            }
         }
         Ok(to)
     }
@@ -144,7 +154,12 @@ impl Space {
                 }
             }
         }
-        world.ranges.take(from, from + len);
+        let parts = world.ranges.take(from, from + len);
+        let secret: Vec<(usize, usize)> = parts
+            .iter()
+            .filter(|r| r.not_for_children)
+            .map(|r| (r.start - from + to, r.end - from + to))
+            .collect();
         let range = Range::new(to, to + len, if had_entries.is_empty() { 0 } else { flag::ENTRIES });
         // A huge page on a device stays one where the place for it is as good.
         for at in huge.into_iter().filter(|at| at.is_multiple_of(STRETCH * GRANULE)) {
@@ -155,6 +170,9 @@ impl Space {
             self.enqueue(&f);
         }
         world.ranges.insert(range);
+        for (start, end) in secret {
+            world.ranges.cut(start, end).for_each(|r| r.not_for_children = true);
+        }
         Ok(())
     }
 }

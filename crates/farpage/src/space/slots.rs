@@ -55,6 +55,8 @@ struct Shared {
     /// The granule's first byte in its range; 0 = not attached.
     granule: AtomicUsize,
     staged: AtomicU64,
+    /// Pages that were changed here since they were copied to be stored; under the granule's lock.
+    rewritten: AtomicU64,
 }
 
 /// Up to `want` slots of the set that lie side by side; those of a whole page table if possible: the kernel moves the pages of each
@@ -137,7 +139,11 @@ impl Slots {
             mapping: (raw as usize, (n + STRETCH) * GRANULE),
             base,
             shared: (0..n)
-                .map(|_| Shared { granule: AtomicUsize::new(0), staged: AtomicU64::new(0) })
+                .map(|_| Shared {
+                    granule: AtomicUsize::new(0),
+                    staged: AtomicU64::new(0),
+                    rewritten: AtomicU64::new(0),
+                })
                 .collect(),
             lists: Mutex::new(Lists {
                 meta,
@@ -188,10 +194,11 @@ impl Slots {
         unsafe { &*(self.addr(slot, page) as *const Page) }
     }
 
-    /// As [`Slots::staged_page`], to change it.
+    /// As [`Slots::staged_page`], to change it: what is being stored of it meanwhile is of no use.
     #[allow(clippy::mut_from_ref)] // the page is the lock holder's alone
     pub(crate) fn staged_page_mut(&self, slot: u32, page: usize) -> &mut Page {
         debug_assert!(page < GRANULE_PAGES && self.staged(slot) & mask(page, 1) != 0);
+        self.shared[slot as usize].rewritten.fetch_or(mask(page, 1), Ordering::Relaxed);
         // SAFETY: as in `staged_page`; who holds the granule's lock is the only one to use it.
         unsafe { &mut *(self.addr(slot, page) as *mut Page) }
     }
@@ -202,6 +209,16 @@ impl Slots {
         debug_assert!(i < run.len);
         // SAFETY: inside the area and page-aligned. A taken frame is there and nobody else's.
         unsafe { &mut *(self.addr(run.slot, run.first + i) as *mut Page) }
+    }
+
+    /// Pages of a slot are copied to be stored: changes count from now on. Under the granule's lock, as the next.
+    pub(crate) fn begin_copy(&self, slot: u32) {
+        self.shared[slot as usize].rewritten.store(0, Ordering::Relaxed);
+    }
+
+    /// Pages that were changed since [`Slots::begin_copy`].
+    pub(crate) fn rewritten(&self, slot: u32) -> u64 {
+        self.shared[slot as usize].rewritten.load(Ordering::Relaxed)
     }
 
     /// Staged pages of a slot.

@@ -53,6 +53,11 @@ pub use steady::SteadyFile;
 pub use stop::Stopper;
 pub use stream::Streaming;
 
+/// So long after that; or in a hundred years, if a clock does not go as far.
+pub fn after(start: std::time::Instant, timeout: std::time::Duration) -> std::time::Instant {
+    start.checked_add(timeout).unwrap_or_else(|| start + std::time::Duration::from_secs(100 * 365 * 86_400))
+}
+
 /// Milliseconds of a clock that only goes forward.
 pub fn now_ms() -> u64 {
     now_ns() / 1_000_000

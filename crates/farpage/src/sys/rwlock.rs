@@ -62,7 +62,7 @@ impl<T> RwLock<T> {
         if self.state.fetch_or(WRITER, Ordering::Acquire) & WRITER != 0 {
             return None;
         }
-        let deadline = Instant::now() + timeout;
+        let deadline = super::after(Instant::now(), timeout);
         loop {
             // Acquire pairs with the Release of the last reader's leaving.
             let s = self.state.load(Ordering::Acquire);
