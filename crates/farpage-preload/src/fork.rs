@@ -5,19 +5,21 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use farpage::space::fork::Forking;
 
+use crate::startup::{self, Held};
 use crate::{arena, init};
 
-struct InProgress(UnsafeCell<Option<Forking>>);
+struct InProgress(UnsafeCell<Option<(Forking, Held)>>);
 // SAFETY: written in `prepare` and taken in `parent` or `child`, between which the world is held exclusively.
 unsafe impl Sync for InProgress {}
 static FORKING: InProgress = InProgress(UnsafeCell::new(None));
 
 extern "C" fn prepare() {
     let Some(space) = init::space() else { return };
+    let held = startup::hold(space);
     match space.before_fork() {
         Ok(forking) => {
             // SAFETY: `before_fork` gave us the world: nobody else is here.
-            unsafe { *FORKING.0.get() = Some(forking) };
+            unsafe { *FORKING.0.get() = Some((forking, held)) };
         }
         Err(e) => farpage::sys::fatal(&format!("cannot prepare a fork: {e}")),
     }
@@ -26,7 +28,7 @@ extern "C" fn prepare() {
 extern "C" fn parent() {
     let Some(space) = init::space() else { return };
     // SAFETY: we still hold the world.
-    if let Some(forking) = unsafe { (*FORKING.0.get()).take() } {
+    if let Some((forking, _held)) = unsafe { (*FORKING.0.get()).take() } {
         space.after_fork_in_parent(forking);
     }
 }
@@ -35,7 +37,7 @@ extern "C" fn child() {
     // SAFETY: this is the only thread.
     let forking = unsafe { (*FORKING.0.get()).take() };
     // Without preparation (the parent was not managed) there is nothing to take over.
-    let (Some(space), Some(forking)) = (init::inherited(), forking) else { return };
+    let (Some(space), Some((forking, _held))) = (init::inherited(), forking) else { return };
     // SAFETY: as above.
     unsafe { arena::renew() };
     if let Err(e) = space.after_fork_in_child(forking) {

@@ -11,6 +11,7 @@ pub mod hooks;
 pub mod init;
 mod malloc;
 mod map;
+mod startup;
 mod transfers;
 
 /// Whether this is one of the manager's threads.

@@ -1,5 +1,7 @@
 /* fork in all its shapes: parent and child each see exactly their own memory while both go on. */
 #include "common.h"
+#include <locale.h>
+#include <wctype.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <spawn.h>
@@ -413,6 +415,29 @@ static void advice_moved(void) {
     }
 }
 
+/* The data of a locale is in the program's heap, and what starts a thread reads it: also in a child in which nobody answers
+ * faults yet. All of the heap is pushed out before each fork. */
+static void locale(void) {
+    if (setlocale(LC_ALL, "C.UTF-8") == NULL) skip("there is no locale C.UTF-8");
+    setup();
+    char *heap[64];
+    for (size_t i = 0; i < 64; i++) ok((heap[i] = calloc(1, 4096 * (1 + i % 7))) != NULL);
+    for (int round = 0; round < 6; round++) {
+        for (int i = 0; i < 4; i++) pressure();
+        uintptr_t here = (uintptr_t)heap[round] / (64 * MIB) * (64 * MIB);
+        /* Where nothing is mapped that is an error, and no harm. */
+        for (size_t i = 0; i < 64; i++) (void)madvise((void *)(here + i * MIB), MIB, MADV_PAGEOUT);
+        pid_t pid = fork_or_die();
+        if (pid == 0) {
+            check(data, pages, 1, 0, "child with a locale");
+            if (towupper(L'\u00e4') != L'\u00c4') die("the locale is not what it was");
+            _exit(0);
+        }
+        reap(pid, 0, "locale");
+    }
+    for (size_t i = 0; i < 64; i++) free(heap[i]);
+}
+
 /* Three children and the parent write for ever, each says so now and then: for tests that kill. */
 static void endless(void) {
     setup();
@@ -467,6 +492,7 @@ int main(int argc, char **argv) {
         {"execs", execs},       {"leaf", leaf},               {"thread", thread},   {"raw-syscall", raw_syscall},
         {"raw-asm", raw_asm},   {"raw-fork", raw_fork},       {"orphan", orphan},   {"advice", advice},
         {"advice-moved", advice_moved},
+        {"locale", locale},
         {"endless", endless},   {"workers", workers},         {NULL, NULL},
     };
     return run_case(argc, argv, cases);
