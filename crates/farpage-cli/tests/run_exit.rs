@@ -178,6 +178,30 @@ fn the_program_sees_what_it_would_see_without_farpage() {
     assert!(plain.starts_with("/usr\ninput\nname|two words||--|-x|"), "{plain}");
 }
 
+/// A shell gives any number below ten to a file, and so do `flock`, `configure` and programs that call `dup2`.
+#[test]
+fn descriptors_are_the_programs_to_number() {
+    if !runs_here() {
+        return;
+    }
+    let script = "for n in 3 4 5 6 7 8 9; do eval \"exec $n>f$n\" || echo \"cannot open $n\"; done
+        for n in 3 4 5 6 7 8 9; do echo \"shell $n\" >&$n; /bin/echo \"child $n\" >&$n; done
+        exec 3>&- 4<f5; cat f? <&4
+        out=$( { echo to-out; echo to-err >&2; } 3>&1 1>&2 2>&3 ); echo \"captured: $out\"
+        (flock -n 9 && echo locked) 9>lock
+        ls -l /proc/self/fd | sed -n 's/.* \\([0-9]\\) -> .*/\\1/p'";
+    let run = |command: &mut Command| {
+        let dir = tempfile::tempdir().unwrap();
+        let command = command.current_dir(&dir).stdin(Stdio::null()).stderr(Stdio::null());
+        let output = command.args(["sh", "-c", script]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let plain = run(&mut Command::new("env"));
+    let managed = run(Command::new(FARPAGE).args(["run", "--"]).env_remove("FARPAGE_DOMAIN"));
+    assert!(plain.contains("shell 3\nchild 3\n") && plain.contains("captured: to-err\n"), "{plain}");
+    assert_eq!(managed, plain);
+}
+
 #[test]
 fn blocked_signals_stay_blocked() {
     if !runs_here() {

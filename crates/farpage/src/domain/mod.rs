@@ -268,6 +268,7 @@ impl Domain {
     pub fn attach(path: &str) -> Result<Self, DomainError> {
         let file = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .map_err(sys_err("open the domain's shared memory"))?;
+        let file = crate::sys::move_high(file);
         let head = SharedMap::new(&file, 0, layout::HEADER).map_err(sys_err("map the domain's header"))?;
         let area = head.area(0, layout::HEADER);
         let words = area.atomics64();

@@ -39,9 +39,9 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::{MutexGuard, OnceLock, PoisonError};
 
 #[doc(hidden)]
-pub use on_device::OnDevice;
-#[doc(hidden)]
 pub use hold::Hold;
+#[doc(hidden)]
+pub use on_device::OnDevice;
 use range::{Found, GRANULE, Ranges, flag};
 pub use running::Running;
 use slots::Slots;

@@ -49,7 +49,7 @@ pub use rwlock::{Read, RwLock, Write};
 pub use shared::{Buffer, SharedArea, SharedMap};
 pub use sigbus::on_sigbus;
 pub use slots::{Slots, Taken};
-pub use steady::SteadyFile;
+pub use steady::{SteadyFile, move_high};
 pub use stop::Stopper;
 pub use stream::Streaming;
 

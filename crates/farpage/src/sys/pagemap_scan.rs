@@ -59,7 +59,7 @@ impl PageScan {
     /// Opens it.
     pub fn open() -> rustix::io::Result<Self> {
         let fd = rustix::fs::open("/proc/self/pagemap", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Self { fd })
+        Ok(Self { fd: super::move_high(fd) })
     }
 
     /// The descriptor's number.

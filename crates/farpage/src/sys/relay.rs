@@ -25,7 +25,7 @@ impl Relay {
     pub fn new() -> Result<Self, Errno> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (to, from) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-        Ok(Self { to: super::steady::move_high(to), from: super::steady::move_high(from) })
+        Ok(Self { to: super::move_high(to), from: super::move_high(from) })
     }
 
     /// The numbers of both ends, the one to send through first.
@@ -47,7 +47,7 @@ impl Relay {
             RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
             _ => None,
         });
-        received.ok_or(Errno::MFILE)
+        received.map(super::move_high).ok_or(Errno::MFILE)
     }
 }
 

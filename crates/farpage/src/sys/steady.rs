@@ -78,8 +78,8 @@ fn open_high(path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
     Ok(move_high(rustix::fs::open(path, flags, Mode::empty())?))
 }
 
-/// The same file under a descriptor number that programs do not count on.
-pub(super) fn move_high(fd: OwnedFd) -> OwnedFd {
+/// The same file under a descriptor number that programs do not count on: shells give the low ones to `exec 3>file`.
+pub fn move_high(fd: OwnedFd) -> OwnedFd {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(1024);
     let lowest = (limit - limit / 8).min(1000) as RawFd;
     // Without a free number up there the low one has to do.

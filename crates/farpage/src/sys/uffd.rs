@@ -247,7 +247,7 @@ impl Uffd {
         let mut api = Api { api: 0xAA, features, ioctls: 0 };
         // SAFETY: the structure is the one this ioctl takes and lives across the call.
         unsafe { ioctl(fd.as_raw_fd(), UFFDIO_API, &mut api)? };
-        Ok((Self { fd }, api.features))
+        Ok((Self { fd: super::move_high(fd) }, api.features))
     }
 
     fn from_syscall(flags: libc::c_int) -> rustix::io::Result<OwnedFd> {
