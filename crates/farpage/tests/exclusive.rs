@@ -43,6 +43,49 @@ fn the_device_has_it_until_the_cpu_touches_it() {
     managed.assert_all_free();
 }
 
+/// Pages may be on their way to storage at that moment: what was copied of them then is not what they are.
+#[test]
+fn what_a_device_writes_stays_while_its_pages_are_stored() {
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+    use std::time::{Duration, Instant};
+    const PAGES: usize = 64;
+    let space =
+        farpage::Domain::builder().dram("8M").device("inject:delay-store=50ms:ram:64M").build().unwrap();
+    let space = space.start_inline().unwrap();
+    let ours = space.region_from_fn(PAGES * 512, |i| (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)).unwrap();
+    let mut others = space.region::<u64>(24 << 17).unwrap();
+    let at = |page: usize| ours.as_ptr() as usize + page * PAGE_SIZE + 8;
+    let device = space.exclusive(ours.pages(..)).unwrap();
+    let (until, enough) = (Instant::now() + Duration::from_secs(4), AtomicBool::new(false));
+    let mut written = 0u64;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for i in (0..others.len()).step_by(512).cycle() {
+                if enough.load(Relaxed) || Instant::now() > until {
+                    break;
+                }
+                (0..512).for_each(|k| others[i + k] = (i * k) as u64 ^ 0x1234_5678_9abc);
+            }
+        });
+        let mut last = [0u64; PAGES];
+        while Instant::now() < until {
+            for (page, last) in last.iter_mut().enumerate() {
+                let mut bytes = [0; 8];
+                if *last != 0 && device.read(at(page), &mut bytes).is_ok() {
+                    let found = u64::from_ne_bytes(bytes);
+                    enough.store(found != *last, Relaxed);
+                    assert_eq!(found, *last, "page {page}, after {written} writes");
+                }
+                if device.write(at(page), &(written + 1).to_ne_bytes()).is_ok() {
+                    written += 1;
+                    *last = written;
+                }
+            }
+        }
+    });
+    assert!(written >= PAGES as u64, "{written}");
+}
+
 #[test]
 fn a_fork_takes_everything_back() {
     if !managed::alone("a_fork_takes_everything_back") {

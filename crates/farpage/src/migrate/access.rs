@@ -58,6 +58,14 @@ impl Space {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
+    /// ```
+    /// # use farpage::{Domain, migrate::AccessError};
+    /// # let space = Domain::builder().dram("8M").device("mem:16M").build()?.start_inline()?;
+    /// let beyond = space.device_read(usize::MAX - 100, &mut [0; 200]);
+    /// assert!(matches!(beyond, Err(AccessError::NotManaged(_))));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// [`AccessError`]: which page is not; what lies before it has been read.
     pub fn device_read(&self, start: usize, out: &mut [u8]) -> Result<(), AccessError> {
