@@ -7,7 +7,8 @@
 //! 5. The cut ends. Mappings of what is still there are made again.
 //!
 //! If a wait ends early the cut is taken back and nothing has happened. If the cutter is killed, whoever looks next
-//! ends his cut; the file is then changed or it is not, as the kernel had it.
+//! ends his cut, but not before the cutter's last thread has left the kernel (see [slots](super::slots)): the file is
+//! changed by then, or it is not and never will be.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};

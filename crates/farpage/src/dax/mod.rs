@@ -55,6 +55,7 @@ mod mapping;
 mod options;
 mod pin;
 mod refs;
+mod slots;
 mod table;
 mod tables;
 mod touch;

@@ -97,18 +97,19 @@ impl Peer {
     pub fn stop(&self) -> Outcome {
         self.signal(Signal::STOP)?;
         let until = Instant::now() + LONG;
-        let tasks = format!("/proc/{}/task", self.pid());
-        loop {
-            let running = std::fs::read_dir(&tasks)?.flatten().any(|task| {
-                let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-                !stat.rsplit(')').next().unwrap_or("").trim_start().starts_with('T')
-            });
-            if !running {
-                return Ok(());
-            }
+        while self.states()?.iter().any(|state| *state != b'T') {
             ensure!(Instant::now() < until, "it does not stop");
             std::thread::sleep(Duration::from_millis(1));
         }
+        Ok(())
+    }
+
+    fn states(&self) -> Outcome<Vec<u8>> {
+        let state = |task: std::fs::DirEntry| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit(')').next().and_then(|rest| rest.trim_start().bytes().next()).unwrap_or(b'?')
+        };
+        Ok(std::fs::read_dir(format!("/proc/{}/task", self.pid()))?.flatten().map(state).collect())
     }
 
     /// Kills it, and waits until it is gone.
@@ -266,6 +267,10 @@ impl Server<'_> {
             "fill" => {
                 pages::write(self.file()?, n(1)?..n(2)?, n(3)?)?;
                 Ok(String::new())
+            }
+            "append" => {
+                let pages: Vec<u8> = (n(1)?..n(2)?).flat_map(|page| pages::fill(page, 1)).collect();
+                Ok(self.file()?.append(&pages)?.to_string())
             }
             word @ ("truncate" | "punch" | "zero" | "collapse") => {
                 let change = match word {
