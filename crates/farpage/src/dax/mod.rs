@@ -45,6 +45,7 @@
 #![deny(unsafe_code)]
 
 mod agent;
+mod append;
 mod change;
 mod device;
 mod error;

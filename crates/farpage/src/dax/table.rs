@@ -89,6 +89,15 @@ impl Peers for Table {
     }
 }
 
+/// Of whom nobody takes anything.
+struct Immortal;
+
+impl Peers for Immortal {
+    fn is_alive(&self, _owner: u16) -> bool {
+        true
+    }
+}
+
 /// What the pages of a table need of their pagemap: somebody to clean up after the dead. A file's need nothing when they
 /// become idle: the block stays the file's until that is changed, which waits for just this. A device's have its memory.
 struct TableOps {
@@ -329,14 +338,23 @@ impl Table {
         self.pagemap.frames.len() > self.pages as usize
     }
 
-    /// One at a time enters cuts, and cleans up.
-    pub(super) fn lock(&self) -> Locked<'_> {
-        self.lock.lock(self.owner, self)
+    /// One at a time enters cuts, and cleans up. `None`: `give_up` has said so, which is asked every 10 ms.
+    pub(super) fn lock(&self, give_up: &mut dyn FnMut() -> bool) -> Option<Locked<'_>> {
+        self.lock.lock_unless(self.owner, self, give_up)
     }
 
-    /// One at a time changes where the file ends by what he has read of that.
-    pub(super) fn lock_size(&self) -> Locked<'_> {
-        self.size_lock.lock(self.owner, self)
+    /// One at a time changes where the file ends by what he has read of that. As [`Self::lock`].
+    pub(super) fn lock_size(&self, give_up: &mut dyn FnMut() -> bool) -> Option<Locked<'_>> {
+        // Only `reap` takes it from the dead: whoever looks by himself may meet the next one in the slot.
+        self.size_lock.lock_unless(self.owner, &Immortal, &mut || {
+            self.reap();
+            give_up()
+        })
+    }
+
+    /// Who has these two locks.
+    pub(super) fn lock_holders(&self) -> [Option<Owner>; 2] {
+        [self.lock.holder(), self.size_lock.holder()]
     }
 
     /// Something has changed for which others may wait.
@@ -425,7 +443,9 @@ impl Table {
         if !self.slots.all().any(|owner| dead(&owner)) {
             return false;
         }
-        let _locked = self.lock();
+        // Somebody else may be at it, or be stopped at it: then another time.
+        let began = Instant::now();
+        let Some(_locked) = self.lock(&mut || began.elapsed() >= ROUND) else { return false };
         let dead: Vec<Owner> = self.slots.all().filter(dead).collect();
         let (map, frames) = (&self.pagemap, &self.pagemap.frames);
         // All their transfers first: one dead may have been at a frame that another one holds.
@@ -440,6 +460,7 @@ impl Table {
         for &owner in &dead {
             map.put_holds_of(owner);
             map.repair(owner, self.owner);
+            self.size_lock.take_from(owner);
             // Release: who takes the slot next finds nothing of its last owner.
             self.slots.of(owner)[slot::STATE].store(0, Ordering::Release);
         }
