@@ -84,7 +84,7 @@ impl Wait<'_> {
 impl Change {
     /// The pages that must be nobody's, in a file that can have `frames` of them. Bytes at the edges, of pages that stay, are
     /// only made zero.
-    fn pages(&self, frames: Pfn) -> Range<Pfn> {
+    pub(super) fn pages(&self, frames: Pfn) -> Range<Pfn> {
         let page = PAGE_SIZE as u64;
         let at_most = |n: u64| n.min(u64::from(frames)) as Pfn;
         match self {

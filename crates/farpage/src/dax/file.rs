@@ -417,18 +417,6 @@ impl DaxFile {
         self.0.read_at(buf, at)
     }
 
-    /// Writes at `at`, which may grow the file; less than asked for only where an error is behind it, of which the next
-    /// call tells. Durable after [`Self::flush`].
-    ///
-    /// # Errors
-    /// What `pwrite` says: no space, mostly.
-    pub fn write_at(&self, buf: &[u8], at: u64) -> Result<usize, DaxError> {
-        self.0.check_writable("write to")?;
-        let written = self.0.write_some_at(buf, at)?;
-        self.0.table.announce_growth();
-        Ok(written)
-    }
-
     /// Makes the bytes of this range durable, however they were written: when it returns they survive a loss of power.
     /// (The kernel writes back all of the file.) [`DaxMapping::flush`] is cheaper for what was written through a mapping.
     ///

@@ -4,6 +4,7 @@ use std::sync::atomic::AtomicBool;
 use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
+use farpage::Pin;
 use farpage::dax::{Change, DaxError, DaxFile, Wait};
 use farpage_tests::Verdict;
 use rustix::process::Signal;
@@ -15,7 +16,7 @@ use crate::place::{Place, long, soon};
 use crate::storm::FIRM;
 use crate::{Outcome, ensure};
 
-pub const CASES: &[Case] = &[case("append-stopped", stopped)];
+pub const CASES: &[Case] = &[case("append-stopped", stopped), case("append-half-done", half_done)];
 
 /// Time enough for what has a limit of [`soon`].
 const LIMIT: Duration = Duration::from_secs(10);
@@ -88,7 +89,7 @@ fn in_the_way(place: &Place, file: &DaxFile, peer: &Peer) -> Outcome<bool> {
         // All others go on.
         let (punch, pin) = (Change::PunchHole(pages::bytes(0..1)), FIRM * PAGE..2 * FIRM * PAGE);
         file.change(punch, &soon())?;
-        drop(file.pin(pin, farpage::Pin::Short)?);
+        drop(file.pin(pin, Pin::Short)?);
         Ok(true)
     })
 }
@@ -104,4 +105,45 @@ fn in_time<T>(who: &str, thread: ScopedJoinHandle<'_, T>, stopped: &Peer) -> Out
         std::thread::sleep(Duration::from_millis(1));
     }
     thread.join().map_err(|_| format!("{who} panics").into())
+}
+
+/// Pages that fit, of twice as many.
+const HALF: u64 = 8192;
+
+/// What an append that fails has written is taken back, unless somebody holds pages of it by then, or has written behind.
+fn half_done(place: &Place) -> Outcome<Verdict> {
+    let mut held = 0;
+    for round in 0..40 {
+        let file = place.file(1)?;
+        let mut peer = Peer::with_file(place)?;
+        peer.tell(&format!("append-half {HALF}"))?;
+        if round % 4 == 0 {
+            let said = peer.reply()?;
+            ensure!(said.contains("File too large") && !said.contains("stay"), "{said}");
+            ensure!(file.len()? == PAGE, "{} bytes are left, of which nothing is said", file.len()?);
+            continue;
+        }
+        let mut said = None;
+        while file.len()? < 3 * PAGE && said.is_none() {
+            said = peer.reply_within(Duration::ZERO)?;
+        }
+        if round % 2 == 0 {
+            let Ok(pin) = file.pin(PAGE..2 * PAGE, Pin::Short) else { continue };
+            let said = said.map_or_else(|| peer.reply(), Ok)?;
+            ensure!(file.len()? == HALF * PAGE, "{} bytes are left while a page is pinned", file.len()?);
+            ensure!(said.contains("0x1000..0x2000000 of it stay"), "{said}");
+            drop(pin);
+            held += 1;
+        } else {
+            let far = 2 * HALF;
+            pages::write(&file, far..far + 1, 1)?;
+            let said = said.map_or_else(|| peer.reply(), Ok)?;
+            ensure!(file.len()? == (far + 1) * PAGE, "what was written behind is gone: {said}");
+        }
+        file.change(Change::Truncate(0), &long())?;
+    }
+    if held == 0 {
+        return skipped("no page was pinned in time");
+    }
+    PASSED
 }
