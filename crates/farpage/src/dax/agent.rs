@@ -1,5 +1,5 @@
 //! The agent: one thread for each file that a process has open. It gives up mappings when others cut, takes them back
-//! afterwards, and its life is the process's sign of life.
+//! afterwards, and its life is the process's sign of life, at which others look first.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak, mpsc};

@@ -2,12 +2,14 @@
 //!
 //! 1. A [cut](crate::frame::cuts) is entered: nobody takes a new reference to a page of the range, in no process.
 //! 2. Pins are waited for. Mappings stay as they are meanwhile.
-//! 3. Mappings are given up, by the agent of each process.
+//! 3. Mappings are given up, by the agent of each process. (Who moves the end of the file has taken the lock of those who do
+//!    before: its holder may take his time, in which pages that are mapped can be used.)
 //! 4. Every count of the range is 0. Then, and only then, the file is changed.
 //! 5. The cut ends. Mappings of what is still there are made again.
 //!
 //! If a wait ends early the cut is taken back and nothing has happened. If the cutter is killed, whoever looks next
-//! ends his cut; the file is then changed or it is not, as the kernel had it.
+//! ends his cut, but not before the cutter's last thread has left the kernel (see [slots](super::slots)): the file is
+//! changed by then, or it is not and never will be.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,9 +19,11 @@ use rustix::fs::FallocateFlags;
 
 use super::error::DaxError;
 use super::file::{DaxFile, Inner};
+use super::users::User;
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
 use crate::frame::cuts::Cut;
+use crate::sys::Locked;
 
 /// A change that takes pages out of a file; offsets and lengths in bytes.
 ///
@@ -80,7 +84,7 @@ impl Wait<'_> {
 impl Change {
     /// The pages that must be nobody's, in a file that can have `frames` of them. Bytes at the edges, of pages that stay, are
     /// only made zero.
-    fn pages(&self, frames: Pfn) -> Range<Pfn> {
+    pub(super) fn pages(&self, frames: Pfn) -> Range<Pfn> {
         let page = PAGE_SIZE as u64;
         let at_most = |n: u64| n.min(u64::from(frames)) as Pfn;
         match self {
@@ -93,6 +97,12 @@ impl Change {
         }
     }
 
+    /// Whether the file ends elsewhere afterwards.
+    fn moves_end(&self) -> bool {
+        matches!(self, Self::Truncate(_) | Self::CollapseRange(_))
+    }
+
+    /// The caller has the file's size lock if it [moves the end](Self::moves_end).
     fn apply(&self, file: &Inner) -> Result<(), DaxError> {
         let allocate = |flags, range: &Range<u64>, what| {
             rustix::fs::fallocate(&file.fd, flags, range.start, range.end - range.start)
@@ -100,7 +110,6 @@ impl Change {
         };
         match self {
             Self::Truncate(len) => {
-                let _size = file.table.lock_size();
                 rustix::fs::ftruncate(&file.fd, *len).map_err(|e| file.failed("truncate", e))
             }
             Self::PunchHole(range) => {
@@ -110,7 +119,6 @@ impl Change {
                 allocate(FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, range, "zero a part of")
             }
             Self::CollapseRange(range) => {
-                let _size = file.table.lock_size();
                 allocate(FallocateFlags::COLLAPSE_RANGE, range, "take a part out of")
             }
         }
@@ -118,7 +126,7 @@ impl Change {
 }
 
 /// A cut of this process; ends when it is dropped.
-struct Under<'f> {
+pub(super) struct Under<'f> {
     file: &'f Inner,
     cut: Cut,
     /// Mappings may have been given up for it.
@@ -153,12 +161,19 @@ impl DaxFile {
             return Err(file.bad_range(r, "is empty"));
         }
         let pages = change.pages(file.table.frames());
+        let mut patience = Patience::new(wait);
+        let lock_size = |patience: &mut Patience<'_>| {
+            let range = || file.bytes_of(&pages);
+            change.moves_end().then(|| file.lock_size(patience, range)).transpose()
+        };
         let done = if pages.is_empty() {
+            let _size = lock_size(&mut patience)?;
             change.apply(file)
         } else {
-            let mut patience = Patience { wait, began: None };
             let mut under = enter(file, &pages, &mut patience)?;
-            under.make_idle(&mut patience)?;
+            under.wait_for_pins(&mut patience)?;
+            let _size = lock_size(&mut patience)?;
+            under.wait_for_mappings(&mut patience)?;
             change.apply(file)
         };
         if done.is_ok() && matches!(change, Change::Truncate(_)) {
@@ -171,23 +186,52 @@ impl DaxFile {
 pub(super) use crate::sys::after;
 
 /// How long somebody has waited, from when he first had to: most never have to, and do not look at the clock.
-struct Patience<'w> {
+pub(super) struct Patience<'w> {
     wait: &'w Wait<'w>,
     began: Option<Instant>,
 }
 
-impl Patience<'_> {
+impl<'w> Patience<'w> {
+    /// Of one who has not waited yet.
+    pub fn new(wait: &'w Wait<'w>) -> Self {
+        Self { wait, began: None }
+    }
+
     fn deadline(&mut self) -> Instant {
         after(*self.began.get_or_insert_with(Instant::now), self.wait.timeout)
     }
 
-    fn waited(&self) -> Duration {
-        self.began.map_or(Duration::ZERO, |began| began.elapsed())
+    fn is_over(&mut self) -> bool {
+        self.wait.is_stopped() || Instant::now() >= self.deadline()
+    }
+
+    /// What to say when it is over.
+    fn gave_up(&self, file: &Inner, range: Range<u64>, users: impl FnOnce() -> Vec<User>) -> DaxError {
+        let path = file.path.clone();
+        if self.wait.is_stopped() {
+            return DaxError::Interrupted { path, range };
+        }
+        let waited = self.began.map_or(Duration::ZERO, |began| began.elapsed());
+        DaxError::Held { path, range, users: users(), waited }
+    }
+}
+
+impl Inner {
+    /// For whoever is about to move the file's end; `range` is what that is about.
+    pub(super) fn lock_size(
+        &self,
+        patience: &mut Patience<'_>,
+        range: impl FnOnce() -> Range<u64>,
+    ) -> Result<Locked<'_>, DaxError> {
+        self.table.lock_size(&mut || patience.is_over()).ok_or_else(|| {
+            let [_, holder] = self.table.lock_holders();
+            patience.gave_up(self, range(), || self.table.user(holder))
+        })
     }
 }
 
 /// Enters a cut, after those that overlap with it.
-fn enter<'f>(
+pub(super) fn enter<'f>(
     file: &'f Inner,
     pages: &Range<Pfn>,
     patience: &mut Patience<'_>,
@@ -195,7 +239,10 @@ fn enter<'f>(
     let table = &file.table;
     loop {
         let event = table.event();
-        let locked = table.lock();
+        let Some(locked) = table.lock(&mut || patience.is_over()) else {
+            let [holder, _] = table.lock_holders();
+            return Err(patience.gave_up(file, file.bytes_of(pages), || table.user(holder)));
+        };
         if table.cuts().overlapping(pages).is_none()
             && let Some(cut) = table.cuts().begin(table.owner(), pages)
         {
@@ -210,40 +257,53 @@ fn enter<'f>(
 }
 
 impl Under<'_> {
-    /// Waits until every count is 0.
-    fn make_idle(&mut self, patience: &mut Patience<'_>) -> Result<(), DaxError> {
-        let table = &self.file.table;
-        let pages = self.cut.pages.clone();
+    /// Waits until mappings at most are in the way.
+    fn wait_for_pins(&self, patience: &mut Patience<'_>) -> Result<(), DaxError> {
+        let (table, pages) = (&self.file.table, &self.cut.pages);
         let mut told = false;
-        loop {
-            let event = table.event();
-            if !table.is_used(&pages) {
-                return Ok(());
-            }
-            if !self.unmapped && !table.is_pinned(&pages) {
-                table.cuts().advance(&mut self.cut);
-                self.unmapped = true;
-                table.announce();
-                // Our own at once.
-                table.serve(event);
-                continue;
+        self.wait_until(patience, || {
+            if !table.is_used(pages) || !table.is_pinned(pages) {
+                return true;
             }
             if !std::mem::replace(&mut told, true) {
                 // Agents are to look at what was pinned for long.
                 table.announce();
-                continue;
             }
-            if patience.wait.is_stopped() {
-                let range = self.file.bytes_of(&pages);
-                return Err(DaxError::Interrupted { path: self.file.path.clone(), range });
+            false
+        })
+    }
+
+    /// Has mappings given up, and waits until every count is 0.
+    fn wait_for_mappings(&mut self, patience: &mut Patience<'_>) -> Result<(), DaxError> {
+        let table = &self.file.table;
+        let event = table.event();
+        if !table.is_used(&self.cut.pages) {
+            return Ok(());
+        }
+        table.cuts().advance(&mut self.cut);
+        self.unmapped = true;
+        table.announce();
+        // Our own at once.
+        table.serve(event);
+        self.wait_until(patience, || !table.is_used(&self.cut.pages))
+    }
+
+    fn wait_until(
+        &self,
+        patience: &mut Patience<'_>,
+        mut over: impl FnMut() -> bool,
+    ) -> Result<(), DaxError> {
+        let table = &self.file.table;
+        loop {
+            let event = table.event();
+            if over() {
+                return Ok(());
             }
-            if !table.wait(event, patience.deadline()) {
-                return Err(DaxError::Held {
-                    path: self.file.path.clone(),
-                    range: self.file.bytes_of(&pages),
-                    users: table.holders_of(&pages),
-                    waited: patience.waited(),
-                });
+            if patience.wait.is_stopped() || !table.wait(event, patience.deadline()) {
+                let pages = &self.cut.pages;
+                return Err(
+                    patience.gave_up(self.file, self.file.bytes_of(pages), || table.holders_of(pages))
+                );
             }
         }
     }

@@ -172,6 +172,17 @@ pub enum DaxError {
         /// Why.
         why: HoldError,
     },
+    /// The end of what was to be appended could not be written, and its beginning was not cut off again: somebody holds pages
+    /// of it, or has written behind it.
+    #[error("cannot append to {}: {errno}; {:#x}..{:#x} of it stay: they are in use", path.display(), range.start, range.end)]
+    AppendedInPart {
+        /// The file.
+        path: PathBuf,
+        /// What was written.
+        range: Range<u64>,
+        /// Why there is no more of it.
+        errno: Errno,
+    },
     /// A system call failed.
     #[error("cannot {what} {}: {errno}", path.display())]
     Sys {

@@ -238,10 +238,7 @@ impl Inner {
             return Ok(());
         }
         let cutter = self.table.cuts().overlapping(pages).map(|cut| cut.owner);
-        let mut users = self.table.users(&(0..0));
-        let living = self.table.living();
-        let pid = living.iter().find(|(owner, ..)| Some(*owner) == cutter).map(|(_, pid, _)| *pid);
-        users.retain(|user| Some(user.pid) == pid);
+        let users = self.table.user(cutter);
         Err(DaxError::Held {
             path: self.path.clone(),
             range: self.bytes_of(pages),
@@ -280,7 +277,7 @@ impl Inner {
         Ok(read)
     }
 
-    fn write_some_at(&self, buf: &[u8], at: u64) -> Result<usize, DaxError> {
+    pub fn write_some_at(&self, buf: &[u8], at: u64) -> Result<usize, DaxError> {
         let mut written = 0;
         while written < buf.len() {
             match rustix::io::pwrite(&self.fd, &buf[written..], at + written as u64) {
@@ -418,36 +415,6 @@ impl DaxFile {
     /// What `pread` says.
     pub fn read_at(&self, buf: &mut [u8], at: u64) -> Result<usize, DaxError> {
         self.0.read_at(buf, at)
-    }
-
-    /// Writes at `at`, which may grow the file; less than asked for only where an error is behind it, of which the next
-    /// call tells. Durable after [`Self::flush`].
-    ///
-    /// # Errors
-    /// What `pwrite` says: no space, mostly.
-    pub fn write_at(&self, buf: &[u8], at: u64) -> Result<usize, DaxError> {
-        self.0.check_writable("write to")?;
-        let written = self.0.write_some_at(buf, at)?;
-        self.0.table.announce_growth();
-        Ok(written)
-    }
-
-    /// Writes at the end of the file, as one step among all who append and truncate through farpage. Returns where.
-    ///
-    /// # Errors
-    /// What `pwrite` says; a part may have been written then, and is cut off again.
-    pub fn append(&self, buf: &[u8]) -> Result<u64, DaxError> {
-        self.0.check_open()?;
-        self.0.check_writable("append to")?;
-        let _size = self.0.table.lock_size();
-        let at = self.0.len()?;
-        if let Err(e) = self.0.write_all_at(buf, at) {
-            // Nobody can have taken it for appended: we have the lock.
-            let _cut = rustix::fs::ftruncate(&self.0.fd, at);
-            return Err(e);
-        }
-        self.0.table.announce_growth();
-        Ok(at)
     }
 
     /// Makes the bytes of this range durable, however they were written: when it returns they survive a loss of power.

@@ -45,6 +45,7 @@
 #![deny(unsafe_code)]
 
 mod agent;
+mod append;
 mod change;
 mod device;
 mod error;
@@ -55,6 +56,7 @@ mod mapping;
 mod options;
 mod pin;
 mod refs;
+mod slots;
 mod table;
 mod tables;
 mod touch;

@@ -1,16 +1,16 @@
 //! The table of a DAX file: the counts of its pages and who uses it, shared by all processes that have it open.
 //!
 //! It lies in a file of its own (0600) whose name is that of the DAX file to the kernel: device, inode, generation.
-//! Each process has a slot. A killed one is known by its life sign, a robust futex of its agent thread, and whoever
-//! waits for something that it held cleans up after it ([`Table::reap`]); he can be killed himself at that.
+//! Each process has a [slot](super::slots). When none of a killed one's threads can run any more, whoever waits for
+//! something that it held cleans up after it ([`Table::reap`]); he can be killed himself at that.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use super::error::TableError;
@@ -18,12 +18,16 @@ use super::file::Inner;
 use super::heads::{Head, OwnHead};
 use super::mapping::Mapped;
 use super::refs::frames_of;
+use super::slots::{SLOTS, Slots, slot};
 use crate::PAGE_SIZE;
 use crate::device::memory::DeviceMemory;
 use crate::frame::cuts::{CUTS, Cuts};
-use crate::frame::{MAX_OWNER, Owner, Pfn};
+use crate::frame::{Owner, Pfn};
 use crate::pagemap::{DriverId, MemoryType, Pagemap, PagemapOps, Registration};
-use crate::sys::{ForkMutex, Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake};
+use crate::sys::{
+    ForkMutex, LifeLock, Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake, is_locked,
+    lock_first_byte, unlock_first_byte,
+};
 
 /// Where tables are.
 pub const DIR: &str = "/dev/shm";
@@ -32,7 +36,7 @@ pub const PREFIX: &str = "farpage-dax-";
 
 /// The first page: what a signal handler reads as well.
 pub(super) const HEAD: usize = PAGE_SIZE;
-const MAGIC: u32 = 0xfa5d_0001;
+const MAGIC: u32 = 0xfa5d_0002;
 /// Words of the head.
 mod word {
     pub const MAGIC: usize = 0;
@@ -52,24 +56,6 @@ const PATH: std::ops::Range<usize> = 64..1024;
 const STATES: usize = 1024;
 const BOUNDS: usize = STATES + CUTS * 8;
 
-/// Words of a slot, and their use.
-const SLOT: usize = 16;
-const SLOTS: usize = (MAX_OWNER as usize + 1) * SLOT * 4;
-mod slot {
-    pub const STATE: usize = 0;
-    pub const PID: usize = 1;
-    pub const LIFE: usize = 2;
-    /// Not 0: it has the file open, or is about to.
-    pub const USER: usize = 3;
-    pub const COMMAND: usize = 4;
-
-    /// Its process has not raised its life sign yet; it holds the file's lock until it has.
-    pub const FORMING: u32 = 1;
-    pub const LIVE: u32 = 2;
-}
-/// The kernel's mark in a robust futex whose owner died (`linux/futex.h`).
-const FUTEX_OWNER_DIED: u32 = 0x4000_0000;
-
 /// Looks at least so often for the dead, who wake nobody.
 pub(super) const ROUND: Duration = Duration::from_millis(20);
 
@@ -78,6 +64,9 @@ pub struct Table {
     path: PathBuf,
     /// Closed under [`FILES`].
     file: Option<OwnedFd>,
+    /// Which file it is: what tells it from another one.
+    identity: (u64, u64),
+    life: OnceLock<LifeLock>,
     head: OwnHead,
     lock: RobustLock,
     size_lock: RobustLock,
@@ -94,42 +83,18 @@ pub struct Table {
     agent: OnceLock<std::thread::JoinHandle<()>>,
 }
 
-/// The slots, and the number of the highest that was ever used.
-#[derive(Clone, Copy)]
-struct Slots {
-    words: &'static [AtomicU32],
-    used: &'static AtomicU32,
-}
-
-impl Slots {
-    fn of(&self, owner: Owner) -> &'static [AtomicU32] {
-        &self.words[usize::from(owner) * SLOT..][..SLOT]
-    }
-
-    fn state(&self, owner: Owner) -> u32 {
-        self.of(owner)[slot::STATE].load(Ordering::Acquire)
-    }
-
-    /// Whether the process can still run: it has a slot, and its life sign is up.
-    fn is_alive(&self, owner: Owner) -> bool {
-        // Acquire pairs with the kernel's store when the owner died: all that he did comes before.
-        self.state(owner) == slot::LIVE
-            && self.of(owner)[slot::LIFE].load(Ordering::Acquire) & FUTEX_OWNER_DIED == 0
-    }
-
-    fn all(&self) -> impl Iterator<Item = Owner> + '_ {
-        // Acquire pairs with `claim`: a slot that is in use is among them.
-        1..=self.used.load(Ordering::Acquire) as Owner
-    }
-
-    fn any_alive(&self) -> bool {
-        self.all().any(|owner| self.is_alive(owner))
-    }
-}
-
-impl Peers for Slots {
+impl Peers for Table {
     fn is_alive(&self, owner: u16) -> bool {
-        Slots::is_alive(self, owner)
+        self.slots.is_alive(owner, |byte| self.is_locked(byte))
+    }
+}
+
+/// Of whom nobody takes anything.
+struct Immortal;
+
+impl Peers for Immortal {
+    fn is_alive(&self, _owner: u16) -> bool {
+        true
     }
 }
 
@@ -175,8 +140,8 @@ impl PagemapOps for TableOps {
 /// The tables of this process; a forked child has none.
 static TABLES: ForkMutex<Vec<(PathBuf, Weak<Table>)>> = ForkMutex::new(Vec::new(), Vec::new);
 
-/// Held while this process opens, locks or closes a table's file. Such a file is locked by `fcntl`, whose locks are the
-/// process's: a forked child does not keep them, and they end with the process, but also when it closes any
+/// Held while this process opens, locks or closes a table's file. Such a file is locked by [`lock_first_byte`], whose locks
+/// are the process's: a forked child does not keep them, and they end with the process, but also when it closes any
 /// descriptor of the file.
 static FILES: ForkMutex<()> = ForkMutex::new((), || ());
 
@@ -227,6 +192,7 @@ impl Table {
     ) -> Result<(Arc<Self>, Result<(), Errno>), TableError> {
         let file = open_locked(path)?;
         let mut size = rustix::fs::fstat(&file)?.st_size as usize;
+        let identity = identity(file.as_fd())?;
         let head = OwnHead::map(file.as_fd())?;
         if size < HEAD + SLOTS || head.word(word::MAGIC) == 0 || !any_alive(&file, &head)? {
             // Nobody's: whatever is in it was left by the dead.
@@ -261,10 +227,12 @@ impl Table {
         let pagemap = Pagemap::register(what, counts, create).map_err(|_| TableError::Version)?;
         head.publish();
         let slots = Slots { words: body.area(0, SLOTS).atomics32(), used: &head.words()[word::SLOTS_USED] };
-        let owner = claim(slots)?;
+        let owner = slots.claim()?;
         let joined = Arc::new(Self {
             path: path.to_owned(),
             file: Some(file),
+            identity,
+            life: OnceLock::new(),
             lock: RobustLock::new(&head.words()[word::LOCK]),
             size_lock: RobustLock::new(&head.words()[word::SIZE_LOCK]),
             head,
@@ -285,13 +253,46 @@ impl Table {
             // Release: who sees us live sees our life sign.
             slots.of(owner)[slot::STATE].store(slot::LIVE, Ordering::Release);
         });
-        joined.unlock_file();
+        joined.file.iter().for_each(|file| unlock_first_byte(file.as_fd()));
+        // Only now, because it closes a descriptor. Until it is there our life sign alone says that we live, which is enough
+        // for one who has nothing yet.
+        let started = started.and_then(|()| joined.hold_life());
         Ok((joined, started))
     }
 
-    fn unlock_file(&self) {
-        // It is our lock, on an open file: that does not fail.
-        self.file.iter().for_each(|file| _ = rustix::fs::fcntl_lock(file, FlockOperation::Unlock));
+    /// The lock that stays until no thread of ours can run. [`FILES`] is held.
+    fn hold_life(&self) -> Result<(), Errno> {
+        loop {
+            // A forked child may still have an earlier one.
+            match LifeLock::hold(self.open_again()?, self.slots.next_life_lock(self.owner)) {
+                Err(Errno::AGAIN) => {}
+                Err(e) => return Err(e),
+                Ok(life) => {
+                    let _first = self.life.set(life);
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// The table's file. [`FILES`] is held, until it is closed.
+    fn open_again(&self) -> Result<OwnedFd, Errno> {
+        let file = rustix::fs::open(&self.path, OPEN, Mode::empty())?;
+        if identity(file.as_fd())? == self.identity { Ok(file) } else { Err(Errno::STALE) }
+    }
+
+    /// Whether some process has locked this byte of the table's file. If that cannot be found out, it may be.
+    fn is_locked(&self, byte: i64) -> bool {
+        let ours = self.file.as_ref().filter(|file| identity(file.as_fd()) == Ok(self.identity));
+        let locked = match ours {
+            Some(file) => is_locked(file.as_fd(), byte),
+            // The program has closed the descriptor.
+            None => {
+                let _files = FILES.lock();
+                self.open_again().and_then(|file| is_locked(file.as_fd(), byte))
+            }
+        };
+        locked.unwrap_or(true)
     }
 
     /// From now on this process is a user of the file. If somebody has a lease, that is in its way.
@@ -337,14 +338,23 @@ impl Table {
         self.pagemap.frames.len() > self.pages as usize
     }
 
-    /// One at a time enters cuts, and cleans up.
-    pub(super) fn lock(&self) -> Locked<'_> {
-        self.lock.lock(self.owner, &self.slots)
+    /// One at a time enters cuts, and cleans up. `None`: `give_up` has said so, which is asked every 10 ms.
+    pub(super) fn lock(&self, give_up: &mut dyn FnMut() -> bool) -> Option<Locked<'_>> {
+        self.lock.lock_unless(self.owner, self, give_up)
     }
 
-    /// One at a time changes where the file ends by what he has read of that.
-    pub(super) fn lock_size(&self) -> Locked<'_> {
-        self.size_lock.lock(self.owner, &self.slots)
+    /// One at a time changes where the file ends by what he has read of that. As [`Self::lock`].
+    pub(super) fn lock_size(&self, give_up: &mut dyn FnMut() -> bool) -> Option<Locked<'_>> {
+        // Only `reap` takes it from the dead: whoever looks by himself may meet the next one in the slot.
+        self.size_lock.lock_unless(self.owner, &Immortal, &mut || {
+            self.reap();
+            give_up()
+        })
+    }
+
+    /// Who has these two locks.
+    pub(super) fn lock_holders(&self) -> [Option<Owner>; 2] {
+        [self.lock.holder(), self.size_lock.holder()]
     }
 
     /// Something has changed for which others may wait.
@@ -406,7 +416,7 @@ impl Table {
     /// Those who have the file open: slot, process, command.
     pub(super) fn living(&self) -> Vec<(Owner, u32, String)> {
         let uses = |owner: &Owner| self.slots.of(*owner)[slot::USER].load(Ordering::Relaxed) != 0;
-        let alive = self.slots.all().filter(|owner| self.slots.is_alive(*owner)).filter(uses);
+        let alive = self.slots.all().filter(|owner| self.is_alive(*owner)).filter(uses);
         alive
             .map(|owner| {
                 let slot = self.slots.of(owner);
@@ -429,11 +439,13 @@ impl Table {
 
     /// Gives back what the dead held and ends what they were at; true if there were any.
     pub(super) fn reap(&self) -> bool {
-        let dead = |owner: &Owner| self.slots.state(*owner) == slot::LIVE && !self.slots.is_alive(*owner);
+        let dead = |owner: &Owner| self.slots.state(*owner) == slot::LIVE && !self.is_alive(*owner);
         if !self.slots.all().any(|owner| dead(&owner)) {
             return false;
         }
-        let _locked = self.lock();
+        // Somebody else may be at it, or be stopped at it: then another time.
+        let began = Instant::now();
+        let Some(_locked) = self.lock(&mut || began.elapsed() >= ROUND) else { return false };
         let dead: Vec<Owner> = self.slots.all().filter(dead).collect();
         let (map, frames) = (&self.pagemap, &self.pagemap.frames);
         // All their transfers first: one dead may have been at a frame that another one holds.
@@ -448,6 +460,7 @@ impl Table {
         for &owner in &dead {
             map.put_holds_of(owner);
             map.repair(owner, self.owner);
+            self.size_lock.take_from(owner);
             // Release: who takes the slot next finds nothing of its last owner.
             self.slots.of(owner)[slot::STATE].store(0, Ordering::Release);
         }
@@ -464,10 +477,16 @@ impl Drop for Table {
             return; // a forked child: nothing in it is its
         }
         // Only then nobody opens it and finds us, the last, half gone.
-        let locked =
-            file.as_ref().is_some_and(|f| rustix::fs::fcntl_lock(f, FlockOperation::LockExclusive).is_ok());
+        let locked = file.as_ref().filter(|file| lock_first_byte(file.as_fd()).is_ok());
+        // While the slot is still ours. Nothing is held or under way any more.
+        if let Some(life) = self.life.take() {
+            life.end();
+        }
+        // Release: who takes the slot next finds nothing of ours.
         self.slots.of(self.owner)[slot::STATE].store(0, Ordering::Release);
-        if locked && !self.slots.any_alive() {
+        let others =
+            |file: &OwnedFd| self.slots.any_alive(|byte| is_locked(file.as_fd(), byte).unwrap_or(true));
+        if locked.is_some_and(|file| !others(file)) {
             // Whoever opens it now makes a new one. A table that stays is found to be nobody's.
             let _gone = rustix::fs::unlink(&self.path);
         }
@@ -483,15 +502,21 @@ impl Drop for Table {
     }
 }
 
+const OPEN: OFlags = OFlags::RDWR.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+/// Device and inode.
+fn identity(file: BorrowedFd<'_>) -> Result<(u64, u64), Errno> {
+    rustix::fs::fstat(file).map(|stat| (stat.st_dev, stat.st_ino))
+}
+
 /// The table's file, with its lock, and still under its name.
 fn open_locked(path: &Path) -> Result<OwnedFd, TableError> {
     let me = rustix::process::geteuid();
     let foreign = |uid: u32| uid != me.as_raw() && uid != 0 && !me.is_root();
     loop {
-        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         // With O_CREAT the kernel may refuse another's file in a directory of all (fs.protected_regular), root, too.
-        let create = flags | OFlags::CREATE | OFlags::EXCL;
-        let file = match rustix::fs::open(path, flags, Mode::empty()) {
+        let create = OPEN | OFlags::CREATE | OFlags::EXCL;
+        let file = match rustix::fs::open(path, OPEN, Mode::empty()) {
             Err(Errno::NOENT) => match rustix::fs::open(path, create, Mode::RUSR | Mode::WUSR) {
                 Err(Errno::EXIST) => continue, // another was quicker
                 file => file?,
@@ -506,12 +531,7 @@ fn open_locked(path: &Path) -> Result<OwnedFd, TableError> {
         if foreign(stat.st_uid) {
             return Err(TableError::Foreign(stat.st_uid));
         }
-        loop {
-            match rustix::fs::fcntl_lock(&file, FlockOperation::LockExclusive) {
-                Err(Errno::INTR) => {}
-                locked => break locked?,
-            }
-        }
+        lock_first_byte(file.as_fd())?;
         // The last user may have removed it while we waited.
         if rustix::fs::fstat(&file)?.st_nlink > 0 {
             return Ok(file);
@@ -523,30 +543,9 @@ fn open_locked(path: &Path) -> Result<OwnedFd, TableError> {
 fn any_alive(file: &OwnedFd, head: &Head) -> Result<bool, Errno> {
     let map = SharedMap::new(file, HEAD as u64, SLOTS)?;
     let slots = Slots { words: map.area(0, SLOTS).atomics32(), used: &head.words()[word::SLOTS_USED] };
-    let alive = slots.any_alive();
+    let alive = slots.any_alive(|byte| is_locked(file.as_fd(), byte).unwrap_or(true));
     map.unmap();
     Ok(alive)
-}
-
-/// A slot for this process. The file's lock is held: nobody else forms one.
-fn claim(slots: Slots) -> Result<Owner, TableError> {
-    // One that is forming was left by somebody who died with the lock.
-    let free = |owner: &Owner| matches!(slots.state(*owner), 0 | slot::FORMING);
-    let owner = (1..=MAX_OWNER).find(free).ok_or(TableError::Full)?;
-    // Before it is in use.
-    slots.used.fetch_max(u32::from(owner), Ordering::AcqRel);
-    let slot = slots.of(owner);
-    slot[slot::STATE].store(slot::FORMING, Ordering::Relaxed);
-    slot[slot::USER].store(0, Ordering::Relaxed);
-    slot[slot::PID].store(std::process::id(), Ordering::Relaxed);
-    let command = std::fs::read("/proc/self/comm").unwrap_or_default();
-    let mut name = [0u8; 16];
-    let len = command.iter().take(15).take_while(|b| **b != b'\n').count();
-    name[..len].copy_from_slice(&command[..len]);
-    for (word, bytes) in slot[slot::COMMAND..].iter().zip(name.as_chunks::<4>().0) {
-        word.store(u32::from_ne_bytes(*bytes), Ordering::Relaxed);
-    }
-    Ok(owner)
 }
 
 /// The parts of a head.

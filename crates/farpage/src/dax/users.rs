@@ -97,6 +97,12 @@ impl Table {
         users
     }
 
+    /// The one in this slot, if he has the file open.
+    pub(super) fn user(&self, owner: Option<Owner>) -> Vec<User> {
+        let named = self.living().into_iter().filter(|(slot, ..)| Some(*slot) == owner);
+        named.map(|(_, pid, command)| User { pid, command, holds: Vec::new() }).collect()
+    }
+
     /// All who have the file open, with what they hold of these pages: neighbours of one kind as one.
     pub(super) fn users(&self, pages: &Range<Pfn>) -> Vec<User> {
         let mut holds: HashMap<Owner, Vec<Holding>> = HashMap::new();

@@ -36,6 +36,20 @@ impl RobustLock {
 
     /// Takes the lock for the process in slot `owner` (above 0).
     pub fn lock(&self, owner: u16, peers: &dyn Peers) -> Locked<'_> {
+        loop {
+            if let Some(locked) = self.lock_unless(owner, peers, &mut || false) {
+                return locked;
+            }
+        }
+    }
+
+    /// As [`Self::lock`], but asks, at least every 10 ms while it has to wait, whether to give up.
+    pub fn lock_unless(
+        &self,
+        owner: u16,
+        peers: &dyn Peers,
+        give_up: &mut dyn FnMut() -> bool,
+    ) -> Option<Locked<'_>> {
         let me = u32::from(owner);
         debug_assert!(me != 0);
         let mut spins = 0;
@@ -43,7 +57,7 @@ impl RobustLock {
         loop {
             // Acquire pairs with the Release of the last holder's unlock.
             match self.word.compare_exchange(0, me | mark, Ordering::Acquire, Ordering::Relaxed) {
-                Ok(_) => return Locked { lock: self, recovered: false },
+                Ok(_) => return Some(Locked { lock: self, recovered: false }),
                 Err(now) => {
                     let holder = (now & !WAITERS) as u16;
                     if spins < 100 {
@@ -62,9 +76,12 @@ impl RobustLock {
                             Ordering::Relaxed,
                         );
                         if taken.is_ok() {
-                            return Locked { lock: self, recovered: true };
+                            return Some(Locked { lock: self, recovered: true });
                         }
                         continue;
+                    }
+                    if give_up() {
+                        return None;
                     }
                     if now & WAITERS != 0
                         || self
@@ -79,6 +96,23 @@ impl RobustLock {
                     }
                 }
             }
+        }
+    }
+}
+
+impl RobustLock {
+    /// Who has it, by its slot.
+    pub fn holder(&self) -> Option<u16> {
+        let holder = (self.word.load(Ordering::Relaxed) & !WAITERS) as u16;
+        (holder != 0).then_some(holder)
+    }
+
+    /// Takes it from a dead process, whose slot is still its own, and gives it to nobody.
+    pub fn take_from(&self, dead: u16) {
+        let is_his = |word: u32| ((word & !WAITERS) == u32::from(dead)).then_some(0);
+        // Acquire, Release: what the dead did under the lock is seen by the next holder.
+        if self.word.fetch_update(Ordering::AcqRel, Ordering::Relaxed, is_his).is_ok() {
+            futex_wake(self.word, 1);
         }
     }
 }
@@ -137,5 +171,25 @@ mod tests {
         assert!(held.recovered);
         drop(held);
         assert!(!lock.lock(9, &alive).recovered);
+    }
+
+    #[test]
+    fn who_waits_may_give_up() {
+        let word: &'static AtomicU32 = Box::leak(Box::default());
+        let lock = RobustLock::new(word);
+        let alive = Alive(AtomicBool::new(true));
+        assert_eq!(lock.holder(), None);
+        std::mem::forget(lock.lock(7, &alive));
+        let mut asked = 0;
+        let mut third = || {
+            asked += 1;
+            asked == 3
+        };
+        assert!(lock.lock_unless(8, &alive, &mut third).is_none());
+        assert_eq!((asked, lock.holder()), (3, Some(7)));
+        lock.take_from(8);
+        assert_eq!(lock.holder(), Some(7));
+        lock.take_from(7);
+        assert!(lock.lock_unless(8, &alive, &mut || true).is_some());
     }
 }

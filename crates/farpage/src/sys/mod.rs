@@ -4,6 +4,7 @@
 //! wrappers, and the manager's own mappings must not come back to it.
 
 pub mod dax;
+mod file_lock;
 mod fork_mutex;
 mod futex;
 pub(crate) mod in_place;
@@ -28,6 +29,7 @@ mod stop;
 mod stream;
 pub mod uffd;
 
+pub use file_lock::{LifeLock, is_locked, lock_first_byte, unlock_first_byte};
 pub use fork_mutex::ForkMutex;
 pub use futex::{futex_wait, futex_wait_any, futex_wake};
 pub use lock::{Locked, Peers, RobustLock};

@@ -97,18 +97,19 @@ impl Peer {
     pub fn stop(&self) -> Outcome {
         self.signal(Signal::STOP)?;
         let until = Instant::now() + LONG;
-        let tasks = format!("/proc/{}/task", self.pid());
-        loop {
-            let running = std::fs::read_dir(&tasks)?.flatten().any(|task| {
-                let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-                !stat.rsplit(')').next().unwrap_or("").trim_start().starts_with('T')
-            });
-            if !running {
-                return Ok(());
-            }
+        while self.states()?.iter().any(|state| *state != b'T') {
             ensure!(Instant::now() < until, "it does not stop");
             std::thread::sleep(Duration::from_millis(1));
         }
+        Ok(())
+    }
+
+    fn states(&self) -> Outcome<Vec<u8>> {
+        let state = |task: std::fs::DirEntry| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit(')').next().and_then(|rest| rest.trim_start().bytes().next()).unwrap_or(b'?')
+        };
+        Ok(std::fs::read_dir(format!("/proc/{}/task", self.pid()))?.flatten().map(state).collect())
     }
 
     /// Kills it, and waits until it is gone.
@@ -266,6 +267,18 @@ impl Server<'_> {
             "fill" => {
                 pages::write(self.file()?, n(1)?..n(2)?, n(3)?)?;
                 Ok(String::new())
+            }
+            // Files can be so many pages long and no longer; then it says what it is told.
+            "append-half" => {
+                // SAFETY: no handler: a write beyond the limit is an error instead of the end.
+                unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+                let limit = Some(n(1)? * pages::PAGE);
+                let limit = rustix::process::Rlimit { current: limit, maximum: None };
+                rustix::process::setrlimit(rustix::process::Resource::Fsize, limit)?;
+                match self.file()?.append(&vec![5; (2 * n(1)? * pages::PAGE) as usize]) {
+                    Ok(at) => Err(format!("appended at {at}").into()),
+                    Err(e) => Ok(e.to_string()),
+                }
             }
             word @ ("truncate" | "punch" | "zero" | "collapse") => {
                 let change = match word {

@@ -39,6 +39,9 @@ pub fn run(place: &Place, kind: &str, seed: u64) -> Outcome<String> {
                 file.append(&pages::fill(rng.draw() >> 40, 9))?;
                 file.truncate(FIRM * PAGE)?;
             }
+            "grow" => {
+                let _at = file.append(&[7; 1 << 20])?;
+            }
             kind => return Err(format!("no storm is called {kind}").into()),
         }
     }

@@ -2,10 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use farpage::dax::Change;
+use farpage::Pin;
+use farpage::dax::{Change, DaxFile};
 use farpage_tests::{Rng, Verdict};
+use rustix::process::Signal;
 
-use super::{Case, PASSED, case};
+use super::{Case, PASSED, case, skipped};
+use crate::pages::{Held, PAGE};
 use crate::peer::Peer;
 use crate::place::{Place, long};
 use crate::storm::FIRM;
@@ -13,6 +16,7 @@ use crate::{Outcome, ensure, pages};
 
 pub const CASES: &[Case] = &[
     case("killed-holder", holder),
+    case("killed-inside-a-punch", inside_a_punch),
     case("killed-opening", |place| storm(place, "open")),
     case("killed-reopening", |place| storm(place, "reopen")),
     case("killed-mapping", |place| storm(place, "map")),
@@ -89,5 +93,47 @@ fn storm(place: &Place, kind: &str) -> Outcome<Verdict> {
         pages::write(&file, 0..FIRM, 1)?;
     }
     ensure!(killed > 2, "only {killed} were killed");
+    PASSED
+}
+
+/// Pages of a file that takes the kernel a while to change: 1 GiB.
+const BIG: u64 = 1 << 18;
+
+fn blocks(file: &DaxFile) -> Outcome<i64> {
+    Ok(rustix::fs::fstat(file.as_fd())?.st_blocks)
+}
+
+fn page(file: &DaxFile, number: u64) -> Outcome<Held> {
+    let mut page = [0; PAGE as usize];
+    file.read_at(&mut page, number * PAGE)?;
+    pages::look(&page)
+}
+
+/// A system call that changes the file goes on although its process was killed. Nobody gets the pages before it is over.
+fn inside_a_punch(place: &Place) -> Outcome<Verdict> {
+    let free = rustix::fs::statvfs(&place.dir)?;
+    let (free, needed) = (free.f_bavail * free.f_frsize, 2 * BIG * PAGE);
+    if free < needed {
+        return skipped(format!("{needed} bytes of space are needed, there are {free}"));
+    }
+    let file = place.file(1)?;
+    file.allocate(pages::bytes(0..BIG))?;
+    pages::write(&file, BIG - 1..BIG, 1)?;
+    let mut peer = Peer::with_file(place)?;
+    let before = blocks(&file)?;
+    peer.tell(&format!("punch 0 {BIG}"))?;
+    while blocks(&file)? == before {
+        if peer.reply_within(Duration::ZERO)?.is_some() {
+            return skipped("this file system makes holes too fast");
+        }
+    }
+    peer.signal(Signal::KILL)?;
+    let pin = file.pin(pages::bytes(BIG - 1..BIG), Pin::Short)?;
+    let pinned = page(&file, BIG - 1)?;
+    peer.kill()?;
+    let now = page(&file, BIG - 1)?;
+    ensure!(now == pinned, "a pinned page was {pinned:?}, and is {now:?} since the cutter's call is over");
+    drop(pin);
+    ensure!(file.audit().is_empty(), "{:?}", file.audit());
     PASSED
 }

@@ -1,5 +1,6 @@
 //! The cases, by topic.
 
+mod append;
 mod data;
 mod device;
 mod forks;
@@ -44,6 +45,7 @@ const USE: &[&[Case]] = &[
     io::CASES,
     forks::CASES,
     leases::CASES,
+    append::CASES,
     space::CASES,
     fuse::CASES,
     killed::CASES,

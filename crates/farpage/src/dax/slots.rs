@@ -1,0 +1,105 @@
+//! The slots of a table: one for each process that uses it.
+//!
+//! A process shows that it lives in two ways. A robust futex of its agent thread is a word that anybody can look at, but the
+//! agent dies at once with a signal, and so while another thread of the process may still be inside a system call that
+//! nothing ends: making a hole, writing. So the slot of a process whose agent is gone is still its own while it has
+//! its [`LifeLock`](crate::sys::LifeLock), which the kernel gives back when the last of its threads is gone.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::error::TableError;
+use crate::frame::{MAX_OWNER, Owner};
+
+/// Words of a slot, and their use.
+const SLOT: usize = 16;
+/// Bytes of all.
+pub(super) const SLOTS: usize = (MAX_OWNER as usize + 1) * SLOT * 4;
+pub(super) mod slot {
+    pub const STATE: usize = 0;
+    pub const PID: usize = 1;
+    pub const LIFE: usize = 2;
+    /// Not 0: it has the file open, or is about to.
+    pub const USER: usize = 3;
+    pub const COMMAND: usize = 4;
+    /// Tells the life lock of one process in the slot from that of the next.
+    pub const NUMBER: usize = 8;
+
+    /// Its process has not raised its life sign yet; it holds the file's lock until it has.
+    pub const FORMING: u32 = 1;
+    pub const LIVE: u32 = 2;
+}
+/// The kernel's mark in a robust futex whose owner died (`linux/futex.h`).
+const FUTEX_OWNER_DIED: u32 = 0x4000_0000;
+/// Life locks are of bytes of the table's file from here on, where it has none.
+const LIFE_LOCKS: i64 = 1 << 50;
+
+/// The slots, and the number of the highest that was ever used.
+#[derive(Clone, Copy)]
+pub(super) struct Slots {
+    pub words: &'static [AtomicU32],
+    pub used: &'static AtomicU32,
+}
+
+impl Slots {
+    pub fn of(&self, owner: Owner) -> &'static [AtomicU32] {
+        &self.words[usize::from(owner) * SLOT..][..SLOT]
+    }
+
+    pub fn state(&self, owner: Owner) -> u32 {
+        self.of(owner)[slot::STATE].load(Ordering::Acquire)
+    }
+
+    /// Whether some thread of the process can still run: it has a slot, and its life sign is up, or else its life lock is
+    /// there. `is_locked` says of a byte of the table's file whether it is locked.
+    pub fn is_alive(&self, owner: Owner, is_locked: impl Fn(i64) -> bool) -> bool {
+        // Acquire pairs with the kernel's store when the owner died: all that its agent did comes before. What its other
+        // threads did comes before they gave the life lock back, in a system call, after which ours asks.
+        self.state(owner) == slot::LIVE
+            && (self.of(owner)[slot::LIFE].load(Ordering::Acquire) & FUTEX_OWNER_DIED == 0
+                || is_locked(self.life_lock(owner)))
+    }
+
+    /// Which byte of the table's file the process in this slot has locked while it lives.
+    fn life_lock(&self, owner: Owner) -> i64 {
+        // Relaxed: written before the life lock was had, by one whose life sign was seen.
+        let number = self.of(owner)[slot::NUMBER].load(Ordering::Relaxed);
+        LIFE_LOCKS + (i64::from(owner) << 32) + i64::from(number)
+    }
+
+    /// The byte for the next one in this slot, which is the caller's: nobody has ever had it locked in this table.
+    pub fn next_life_lock(&self, owner: Owner) -> i64 {
+        // Relaxed: only the owner of the slot writes it, and who reads it finds no such byte locked, or ours.
+        self.of(owner)[slot::NUMBER].fetch_add(1, Ordering::Relaxed);
+        self.life_lock(owner)
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = Owner> + '_ {
+        // Acquire pairs with `claim`: a slot that is in use is among them.
+        1..=self.used.load(Ordering::Acquire) as Owner
+    }
+
+    pub fn any_alive(&self, is_locked: impl Fn(i64) -> bool) -> bool {
+        self.all().any(|owner| self.is_alive(owner, &is_locked))
+    }
+
+    /// A slot for this process. The file's lock is held: nobody else forms one.
+    pub fn claim(&self) -> Result<Owner, TableError> {
+        // One that is forming was left by somebody who died with the lock.
+        let free = |owner: &Owner| matches!(self.state(*owner), 0 | slot::FORMING);
+        let owner = (1..=MAX_OWNER).find(free).ok_or(TableError::Full)?;
+        // Before it is in use.
+        self.used.fetch_max(u32::from(owner), Ordering::AcqRel);
+        let slot = self.of(owner);
+        slot[slot::STATE].store(slot::FORMING, Ordering::Relaxed);
+        slot[slot::USER].store(0, Ordering::Relaxed);
+        slot[slot::PID].store(std::process::id(), Ordering::Relaxed);
+        let command = std::fs::read("/proc/self/comm").unwrap_or_default();
+        let mut name = [0u8; 16];
+        let len = command.iter().take(15).take_while(|b| **b != b'\n').count();
+        name[..len].copy_from_slice(&command[..len]);
+        for (word, bytes) in slot[slot::COMMAND..].iter().zip(name.as_chunks::<4>().0) {
+            word.store(u32::from_ne_bytes(*bytes), Ordering::Relaxed);
+        }
+        Ok(owner)
+    }
+}
