@@ -39,12 +39,20 @@ pub fn check_writable(dir: &Path) -> io::Result<()> {
     match unnamed(dir, OFlags::empty()) {
         Ok(_) => Ok(()),
         // A file system without unnamed files: take the permissions' word for it.
-        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) if holds_files(dir)? => {
             let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
             Ok(rustix::fs::accessat(CWD, dir, access, AtFlags::EACCESS)?)
         }
         Err(e) => Err(e.into()),
     }
+}
+
+/// Whether files can be made there at all, whatever the permissions say.
+fn holds_files(dir: &Path) -> io::Result<bool> {
+    const PROC: i64 = 0x9fa0;
+    const SYSFS: i64 = 0x6265_6572;
+    let kind = rustix::fs::statfs(dir)?.f_type as i64;
+    Ok(kind != PROC && kind != SYSFS)
 }
 
 /// Opens a file without a name in `dir`.

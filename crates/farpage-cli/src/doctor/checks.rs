@@ -174,9 +174,19 @@ fn cgroup() -> Check {
     )
 }
 
+/// Of address space a process reserves a little more than this, for tables that are nearly all holes.
+const ADDRESS_SPACE: u64 = 300 << 30;
+
 fn address_space() -> Check {
     match getrlimit(Resource::As).current {
         None => Check::ok("address space", "not limited"),
+        Some(limit) if limit < ADDRESS_SPACE => Check::failure(
+            "address space",
+            &format!(
+                "limited to {}, and farpage reserves far more than it uses: `ulimit -v unlimited`",
+                human(limit)
+            ),
+        ),
         Some(limit) => Check::warning(
             "address space",
             format!("limited to {}", human(limit)),

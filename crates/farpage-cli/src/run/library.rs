@@ -15,6 +15,11 @@ const LIBRARY: &[u8] = include_bytes!(env!("FARPAGE_PRELOAD_LIBRARY"));
 /// Why the library cannot be loaded into programs.
 #[derive(Debug, thiserror::Error)]
 pub enum LibraryError {
+    /// A limit on file sizes counts for memory files, too.
+    #[error(
+        "the library, of {} KiB, is larger than files may become here: raise the limit (`ulimit -f`)", LIBRARY.len() >> 10
+    )]
+    FileSize,
     /// No executable memory file.
     #[error(
         "the library cannot be put into an executable memory file ({0}): \
@@ -42,7 +47,12 @@ pub struct Library {
 impl Library {
     /// Writes the library to a sealed memory file and tries whether the loader will be able to map it.
     pub fn create() -> Result<Self, LibraryError> {
-        let library = Self { file: write().map_err(LibraryError::Memfd)? };
+        let library = Self {
+            file: write().map_err(|e| match e.kind() {
+                io::ErrorKind::FileTooLarge => LibraryError::FileSize,
+                _ => LibraryError::Memfd(e),
+            })?,
+        };
         let path = library.path();
         match File::open(&path).and_then(|file| Ok(probe::map_executable(file)?)) {
             Ok(()) => Ok(library),

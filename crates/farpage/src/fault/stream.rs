@@ -85,7 +85,10 @@ mod tests {
             for window in [32, 64, 100, 511, 512] {
                 let n = rounded(at(page), window);
                 let unit = if window < 512 { 64 } else { 512 };
-                assert!(n > 0 && n <= window.max(unit) && (page + n) % unit == 0, "{page} {window} {n}");
+                assert!(
+                    n > 0 && n <= window.max(unit) && (page + n).is_multiple_of(unit),
+                    "{page} {window} {n}"
+                );
             }
         }
     }
