@@ -114,6 +114,37 @@ fn a_pin_holds_off_what_cuts_its_pages_and_nothing_else() {
     assert!(file.audit().is_empty());
 }
 
+/// A file system may free the block of the last page when all that the file has of it goes, though the range ends inside
+/// that page: ext4 does.
+#[test]
+fn the_last_page_goes_with_all_that_the_file_has_of_it() {
+    // Where blocks are freed, if there is such a place.
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let options = DaxOptions::new().page_cache(true).tables(dir.path());
+    let file = options.create(dir.path().join("file")).unwrap();
+    file.write_at(&[1; 5000], 0).unwrap();
+    file.flush(0..5000).unwrap();
+    let blocks = || rustix::fs::fstat(file.as_fd()).unwrap().st_blocks;
+    let before = blocks();
+    let pin = file.pin(PAGE..5000, Pin::Short).unwrap();
+    for end in [5000, 5001, 8000, 8192] {
+        for change in [Change::PunchHole(PAGE..end), Change::ZeroRange(PAGE..end)] {
+            let error = file.change(change.clone(), &soon()).map_err(|e| e.to_string());
+            assert!(error.as_ref().is_err_and(|e| e.contains("a pin of 0x")), "{change:?}: {error:?}");
+            assert_eq!(blocks(), before);
+        }
+    }
+    // Some of it stays: then the page does, too.
+    file.change(Change::PunchHole(PAGE..4999), &soon()).unwrap();
+    assert_eq!(blocks(), before);
+    let mut bytes = [9; 5000];
+    file.read_at(&mut bytes, 0).unwrap();
+    assert_eq!((bytes[4095], bytes[4096], bytes[4998], bytes[4999]), (1, 0, 0, 1));
+    drop(pin);
+    file.change(Change::PunchHole(PAGE..5000), &soon()).unwrap();
+    assert_eq!(file.len().unwrap(), 5000);
+}
+
 #[test]
 fn who_waits_goes_on_when_the_pin_goes() {
     let (_dir, file) = file(4);
