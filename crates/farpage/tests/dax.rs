@@ -201,10 +201,8 @@ fn mappings_lose_what_is_cut_and_get_it_back() {
     let mut byte = [0];
     assert!(matches!(map.read(5 * 4096, &mut byte), Err(DaxError::Cut { .. })));
     assert!(matches!(map.write(5 * 4096, &byte), Err(DaxError::Cut { .. })));
-    assert!(matches!(
-        map.pin(5 * 4096..6 * 4096, Pin::Short),
-        Err(DaxError::Range { .. } | DaxError::Cut { .. })
-    ));
+    assert!(matches!(map.pin(5 * 4096..6 * 4096, Pin::Short), Err(DaxError::Cut { .. })));
+    assert!(matches!(map.flush(5 * 4096..6 * 4096), Err(DaxError::Cut { .. })));
     assert_eq!(file.len().unwrap(), 5 * PAGE, "a write to what is gone does not bring it back");
     // It grows again.
     file.truncate(64 * PAGE).unwrap();
@@ -217,6 +215,33 @@ fn mappings_lose_what_is_cut_and_get_it_back() {
     }
     assert_eq!(file.users()[0].holds.len(), 1);
     assert!(file.audit().is_empty());
+}
+
+/// What was cut off and came back without farpage is written back like all else, not the nothing that lay there.
+#[test]
+fn a_flush_is_of_the_file() {
+    let (dir, file) = file(8);
+    let map = file.map(0..8 * PAGE).unwrap();
+    let lies_there = || {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let at = map.as_ptr() as usize + 5 * 4096;
+        let line = maps.lines().find(|line| {
+            let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+            let number = |s| usize::from_str_radix(s, 16).unwrap();
+            (number(start)..number(end)).contains(&at)
+        });
+        line.unwrap().to_owned()
+    };
+    file.truncate(5 * PAGE).unwrap();
+    assert!(lies_there().contains("nothing"), "{}", lies_there());
+    std::fs::File::options().write(true).open(file.path()).unwrap().set_len(8 * PAGE).unwrap();
+    map.write(5 * 4096, &[3; 4096]).unwrap();
+    map.flush(5 * 4096..6 * 4096).unwrap();
+    assert!(lies_there().contains(dir.path().to_str().unwrap()), "{}", lies_there());
+    // SAFETY: inside the mapping.
+    assert_eq!(unsafe { map.as_ptr().add(5 * 4096).read_volatile() }, 3);
+    drop(map);
+    assert!(file.audit().is_empty() && file.users()[0].holds.is_empty());
 }
 
 #[test]

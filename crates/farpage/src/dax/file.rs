@@ -255,10 +255,15 @@ impl Inner {
 
     /// A pin for the length of a call.
     pub fn pin_bytes(self: &Arc<Self>, range: &Range<u64>) -> Result<DaxPin, DaxError> {
+        self.pin_part(range, Pin::Short)
+    }
+
+    /// A pin of what a mapping has, or had.
+    pub fn pin_part(self: &Arc<Self>, range: &Range<u64>, pin: Pin) -> Result<DaxPin, DaxError> {
         self.check_open()?;
         let pages = self.pages_of(range);
         // Beyond the end of the file, now or when the pages are pinned: what was there has been cut off.
-        pages.and_then(|pages| DaxPin::new(self, pages, Pin::Short)).map_err(|e| match e {
+        pages.and_then(|pages| DaxPin::new(self, pages, pin)).map_err(|e| match e {
             DaxError::Range { .. } => DaxError::Cut { path: self.path.clone(), range: range.clone() },
             e => e,
         })

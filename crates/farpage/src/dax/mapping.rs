@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::change::after;
@@ -68,8 +68,9 @@ pub(super) struct Map {
     addr: usize,
     pages: Range<Pfn>,
     state: Arc<Mutex<Mapped>>,
-    /// Bytes were written by system calls since the last flush.
-    written: AtomicBool,
+    /// Writes by system calls that are done, and how many of those are durable: the blocks that they have allocated.
+    written: AtomicU64,
+    durable: AtomicU64,
     _watched: Watched,
 }
 
@@ -295,7 +296,8 @@ impl DaxMapping {
             addr,
             pages,
             state,
-            written: AtomicBool::new(false),
+            written: AtomicU64::new(0),
+            durable: AtomicU64::new(0),
             _watched: watched,
         })))
     }
@@ -367,27 +369,32 @@ impl DaxMapping {
                 range: range.start.max(end)..range.end,
             });
         }
-        self.0.written.store(true, Ordering::Relaxed);
-        self.0.file.write_all_at(data, range.start)
+        let written = self.0.file.write_all_at(data, range.start);
+        // Also of one that failed a part may be there. Release pairs with the Acquire in `flush`: who counts it, and syncs then,
+        // syncs what it has allocated.
+        self.0.written.fetch_add(1, Ordering::Release);
+        written
     }
 
     /// Makes the bytes of this part of the mapping durable: when it returns they survive a loss of power. On a
     /// `MAP_SYNC` mapping by writing back the CPU's caches, without a system call; elsewhere by `msync`.
     ///
     /// # Errors
-    /// A write that failed; [`DaxError::Range`].
+    /// A write that failed; [`DaxError::Cut`] if some of the pages are gone; [`DaxError::Range`].
     pub fn flush(&self, range: Range<usize>) -> Result<(), DaxError> {
         let part = self.part(range.start, range.len())?;
         if part.is_empty() {
             return Ok(());
         }
         let file = &self.0.file;
-        let _stays = file.pin_bytes(&part)?;
+        let stays = file.pin_bytes(&part)?;
+        // What was cut and is back may not be mapped yet: it is the file that is to be written back.
+        self.0.state.lock().take_back_pinned(&file.table, stays.pages())?;
         let addr = self.0.addr + range.start;
         let direct = matches!(file.access, Access::Direct { map_sync: true });
         if direct && dax::write_back(addr, range.len()) {
             // Where blocks were allocated by a system call, that is not yet durable.
-            return if self.0.written.swap(false, Ordering::Relaxed) { file.sync() } else { Ok(()) };
+            return self.0.sync_written();
         }
         let start = addr / PAGE_SIZE * PAGE_SIZE;
         dax::sync_mapping(start, addr + range.len() - start).map_err(|e| file.failed("write back", e))
@@ -399,12 +406,25 @@ impl DaxMapping {
     /// As [`super::DaxFile::pin`]; [`DaxError::Cut`] if some of the pages are gone.
     pub fn pin(&self, range: Range<usize>, pin: Pin) -> Result<DaxPin, DaxError> {
         let part = self.part(range.start, range.len())?;
-        self.0.file.check_open()?;
-        let pages = self.0.file.pages_of(&part)?;
-        let mut pinned = DaxPin::new(&self.0.file, pages.clone(), pin)?;
-        self.0.state.lock().take_back_pinned(&self.0.file.table, &pages)?;
+        let mut pinned = self.0.file.pin_part(&part, pin)?;
+        self.0.state.lock().take_back_pinned(&self.0.file.table, pinned.pages())?;
         pinned.keep_mapped(self.0.clone(), self.0.addr + range.start);
         Ok(pinned)
+    }
+}
+
+impl Map {
+    /// Makes the blocks durable that writes by system calls have allocated, unless somebody has.
+    fn sync_written(&self) -> Result<(), DaxError> {
+        // Acquire pairs with the Release in `write`.
+        let written = self.written.load(Ordering::Acquire);
+        // Acquire pairs with the Release below: the sync of whoever has counted so far is done.
+        if self.durable.load(Ordering::Acquire) < written {
+            self.file.sync()?;
+            // Only now, and only if it went well. Release: with the load above, in another thread.
+            self.durable.fetch_max(written, Ordering::Release);
+        }
+        Ok(())
     }
 }
 

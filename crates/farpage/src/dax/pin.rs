@@ -74,6 +74,10 @@ impl DaxPin {
         self.mapped = Some((map, addr));
     }
 
+    pub(super) fn pages(&self) -> &Range<Pfn> {
+        &self.pages
+    }
+
     /// Which bytes of the file, whole pages.
     pub fn range(&self) -> Range<u64> {
         bytes(&self.pages)
