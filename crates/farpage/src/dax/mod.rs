@@ -47,6 +47,7 @@
 mod agent;
 mod append;
 mod change;
+mod counts;
 mod device;
 mod error;
 mod file;

@@ -51,7 +51,10 @@ impl Table {
         };
         let mut refs = Refs { pages: pages.clone(), runs: ArrayVec::new() };
         for part in parts.iter().filter(|part| !part.is_empty()) {
-            match self.pagemap().begin_run(self.owner(), kind, part.start, part.len() as u32, true) {
+            let run = self.provide(part).and_then(|()| {
+                self.pagemap().begin_run(self.owner(), kind, part.start, part.len() as u32, true)
+            });
+            match run {
                 Ok(run) => refs.runs.push(run),
                 Err(e) => {
                     self.give(refs);

@@ -4,6 +4,7 @@
 //! Each process has a [slot](super::slots). When none of a killed one's threads can run any more, whoever waits for
 //! something that it held cleans up after it ([`Table::reap`]); he can be killed himself at that.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering, fence};
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use super::counts::{Counts, no_memory};
 use super::error::TableError;
 use super::file::Inner;
 use super::heads::{Head, OwnHead};
@@ -23,7 +25,7 @@ use crate::PAGE_SIZE;
 use crate::device::memory::DeviceMemory;
 use crate::frame::cuts::{CUTS, Cuts};
 use crate::frame::{Owner, Pfn};
-use crate::pagemap::{DriverId, MemoryType, Pagemap, PagemapOps, Registration};
+use crate::pagemap::{DriverId, HoldError, MemoryType, Pagemap, PagemapOps, Registration};
 use crate::sys::{
     ForkMutex, LifeLock, Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake, is_locked,
     lock_first_byte, unlock_first_byte,
@@ -72,6 +74,7 @@ pub struct Table {
     size_lock: RobustLock,
     slots: Slots,
     body: SharedMap,
+    counts: Arc<Counts>,
     pagemap: Pagemap,
     pages: u32,
     owner: Owner,
@@ -194,11 +197,22 @@ impl Table {
         let mut size = rustix::fs::fstat(&file)?.st_size as usize;
         let identity = identity(file.as_fd())?;
         let head = OwnHead::map(file.as_fd())?;
-        if size < HEAD + SLOTS || head.word(word::MAGIC) == 0 || !any_alive(&file, &head)? {
+        if size >= HEAD {
+            head.area().populate(0, HEAD).map_err(no_memory)?;
+        }
+        let fresh = size < HEAD + SLOTS || head.word(word::MAGIC) == 0 || !any_alive(&file, &head)?;
+        // What we have made, and nobody can use, does not stay.
+        let failed = |why: TableError| {
+            fresh.then(|| rustix::fs::unlink(path));
+            why
+        };
+        let failed_for = |e: Errno| failed(no_memory(e).into());
+        if fresh {
             // Nobody's: whatever is in it was left by the dead.
             rustix::fs::ftruncate(&file, 0)?;
             size = HEAD + SLOTS + Pagemap::shared_len(frames_of(pages));
-            rustix::fs::ftruncate(&file, size as u64)?;
+            rustix::fs::ftruncate(&file, size as u64).map_err(failed_for)?;
+            head.area().populate(0, HEAD).map_err(failed_for)?;
             // A device's memory is handed out by the page.
             head.begin(name, pages, if memory.is_some() { pages } else { frames_of(pages) });
         } else if head.word(word::MAGIC) != MAGIC {
@@ -209,7 +223,7 @@ impl Table {
             return Err(TableError::Version);
         }
         let create = head.word(word::MAGIC) == 0;
-        let body = SharedMap::new(&file, HEAD as u64, size - HEAD)?;
+        let body = SharedMap::new(&file, HEAD as u64, size - HEAD).map_err(failed_for)?;
         let table = Arc::new(OnceLock::new());
         let what = Registration {
             id: 0,
@@ -223,11 +237,22 @@ impl Table {
                 table: table.clone(),
             }),
         };
-        let counts = body.area(SLOTS, size - HEAD - SLOTS);
-        let pagemap = Pagemap::register(what, counts, create).map_err(|_| TableError::Version)?;
+        let area = body.area(SLOTS, size - HEAD - SLOTS);
+        let slots = Slots::new(body.area(0, SLOTS), &head.words()[word::SLOTS_USED]);
+        let ready = slots.claim().and_then(|owner| {
+            let counts = Counts::new(area, file.as_fd(), identity, (HEAD + SLOTS) as u64, frames);
+            Pagemap::shared_parts(owner).iter().try_for_each(|part| counts.provide_bytes(part))?;
+            let pagemap = Pagemap::register(what, area, create).map_err(|_| TableError::Version)?;
+            Ok((owner, counts, pagemap))
+        });
+        let (owner, counts, mut pagemap) = ready.map_err(|e| {
+            body.unmap();
+            failed(e)
+        })?;
+        let counts = Arc::new(counts);
+        let there = counts.clone();
+        pagemap.frames.look_only_at(move |frames| there.next(frames));
         head.publish();
-        let slots = Slots { words: body.area(0, SLOTS).atomics32(), used: &head.words()[word::SLOTS_USED] };
-        let owner = slots.claim()?;
         let joined = Arc::new(Self {
             path: path.to_owned(),
             file: Some(file),
@@ -238,6 +263,7 @@ impl Table {
             head,
             slots,
             body,
+            counts,
             pagemap,
             pages,
             owner,
@@ -301,6 +327,14 @@ impl Table {
         if self.slots.of(self.owner)[slot::USER].swap(1, Ordering::SeqCst) == 0 {
             self.announce();
         }
+    }
+
+    /// Sees to it that the counts of these frames have memory, before they are used.
+    ///
+    /// # Errors
+    /// [`HoldError::Memory`].
+    pub(super) fn provide(&self, frames: &Range<Pfn>) -> Result<(), HoldError> {
+        self.counts.provide(frames).map_err(HoldError::Memory)
     }
 
     /// The counts.
@@ -505,7 +539,7 @@ impl Drop for Table {
 const OPEN: OFlags = OFlags::RDWR.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// Device and inode.
-fn identity(file: BorrowedFd<'_>) -> Result<(u64, u64), Errno> {
+pub(super) fn identity(file: BorrowedFd<'_>) -> Result<(u64, u64), Errno> {
     rustix::fs::fstat(file).map(|stat| (stat.st_dev, stat.st_ino))
 }
 
@@ -542,7 +576,7 @@ fn open_locked(path: &Path) -> Result<OwnedFd, TableError> {
 /// Whether some process that has a slot is alive.
 fn any_alive(file: &OwnedFd, head: &Head) -> Result<bool, Errno> {
     let map = SharedMap::new(file, HEAD as u64, SLOTS)?;
-    let slots = Slots { words: map.area(0, SLOTS).atomics32(), used: &head.words()[word::SLOTS_USED] };
+    let slots = Slots::new(map.area(0, SLOTS), &head.words()[word::SLOTS_USED]);
     let alive = slots.any_alive(|byte| is_locked(file.as_fd(), byte).unwrap_or(true));
     map.unmap();
     Ok(alive)
