@@ -157,15 +157,15 @@ impl DaxDevice {
             .try_clone_to_owned()
             .map_err(|e| failed("open it again")(Errno::from_io_error(&e).unwrap_or(Errno::MFILE)))?;
         // The device, by whatever name.
+        let stat = rustix::fs::fstat(file).map_err(failed("look at it"))?;
         let identity = if is.is_device {
-            let device = rustix::fs::fstat(file).map_err(failed("look at it"))?.st_rdev;
-            [b"device-dax".as_slice(), &device.to_ne_bytes()].concat()
+            [b"device-dax".as_slice(), &stat.st_rdev.to_ne_bytes()].concat()
         } else {
             dax::file_identity(file).map_err(failed("look at it"))?
         };
         let table_path = Table::path_of(tables, &identity);
         let frames = memory.frames();
-        let table = Table::attach(&table_path, &path, frames, Some(memory), false)
+        let table = Table::attach(&table_path, &path, stat.st_uid, frames, Some(memory))
             .map_err(|why| DeviceOpenError::Table { path: table_path.clone(), why })?;
         // A file in its place that has grown since.
         if table.frames() < frames {

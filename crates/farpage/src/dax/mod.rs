@@ -47,6 +47,7 @@
 mod agent;
 mod append;
 mod change;
+mod copied;
 mod counts;
 mod device;
 mod error;

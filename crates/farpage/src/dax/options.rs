@@ -233,7 +233,7 @@ impl DaxOptions {
         let table_error = |why| DaxError::Table { path: table_path.clone(), why };
         // A name that means something to others, too.
         let name = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        let table = Table::attach(&table_path, &name, pages, None, false).map_err(table_error)?;
+        let table = Table::attach(&table_path, &name, stat.st_uid, pages, None).map_err(table_error)?;
         let flags = OFlags::CLOEXEC | if self.read_only { OFlags::RDONLY } else { OFlags::RDWR };
         let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open"))?;
         // The name may be another file's by now.

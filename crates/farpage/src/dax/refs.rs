@@ -35,6 +35,14 @@ impl Refs {
     }
 }
 
+/// The pages that a record of the ledger holds, in a table of `base` pages.
+pub(super) fn pages_held(base: Pfn, e: &Extent) -> Range<Pfn> {
+    match e.pfn.checked_sub(base) {
+        None => e.pfn..e.pfn + e.len,
+        Some(huge) => huge * HUGE..(huge + e.len) * HUGE,
+    }
+}
+
 impl Table {
     /// Takes a reference to each page; the first one of a page allocates it.
     ///
@@ -81,11 +89,7 @@ impl Table {
 
     /// The pages that a record of the ledger holds.
     pub(super) fn pages_held(&self, e: &Extent) -> Range<Pfn> {
-        let base = self.frames();
-        match e.pfn.checked_sub(base) {
-            None => e.pfn..e.pfn + e.len,
-            Some(huge) => huge * HUGE..(huge + e.len) * HUGE,
-        }
+        pages_held(self.frames(), e)
     }
 
     /// The pages of a frame.

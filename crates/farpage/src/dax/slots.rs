@@ -83,7 +83,25 @@ impl Slots {
 
     pub fn all(&self) -> impl Iterator<Item = Owner> + '_ {
         // Acquire pairs with `claim`: a slot that is in use is among them.
-        1..=self.used.load(Ordering::Acquire) as Owner
+        1..=self.used.load(Ordering::Acquire).min(u32::from(MAX_OWNER)) as Owner
+    }
+
+    /// Those who have the file open and are alive: slot, process, command.
+    pub fn living(&self, is_alive: impl Fn(Owner) -> bool) -> Vec<(Owner, u32, String)> {
+        let uses = |owner: &Owner| self.of(*owner)[slot::USER].load(Ordering::Relaxed) != 0;
+        let alive = self.all().filter(|owner| is_alive(*owner)).filter(uses);
+        alive
+            .map(|owner| {
+                let slot = self.of(owner);
+                let command: Vec<u8> = slot[slot::COMMAND..slot::COMMAND + 4]
+                    .iter()
+                    .flat_map(|w| w.load(Ordering::Relaxed).to_ne_bytes())
+                    .take_while(|b| *b != 0)
+                    .collect();
+                let command = String::from_utf8_lossy(&command).into_owned();
+                (owner, slot[slot::PID].load(Ordering::Relaxed), command)
+            })
+            .collect()
     }
 
     pub fn any_alive(&self, is_locked: impl Fn(i64) -> bool) -> bool {

@@ -25,7 +25,7 @@ use crate::PAGE_SIZE;
 use crate::device::memory::DeviceMemory;
 use crate::frame::cuts::{CUTS, Cuts};
 use crate::frame::{Owner, Pfn};
-use crate::pagemap::{DriverId, HoldError, MemoryType, Pagemap, PagemapOps, Registration};
+use crate::pagemap::{DriverId, HoldError, MemoryType, Pagemap, PagemapOps, Registration, SharedArea};
 use crate::sys::{
     ForkMutex, LifeLock, Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake, is_locked,
     lock_first_byte, unlock_first_byte,
@@ -38,9 +38,9 @@ pub const PREFIX: &str = "farpage-dax-";
 
 /// The first page: what a signal handler reads as well.
 pub(super) const HEAD: usize = PAGE_SIZE;
-const MAGIC: u32 = 0xfa5d_0002;
+pub(super) const MAGIC: u32 = 0xfa5d_0002;
 /// Words of the head.
-mod word {
+pub(super) mod word {
     pub const MAGIC: usize = 0;
     pub const PAGES: usize = 1;
     /// More than pages if huge pages have frames, too.
@@ -101,6 +101,26 @@ impl Peers for Immortal {
     }
 }
 
+/// A table that is to be made if there is none.
+struct Make<'a> {
+    /// The file's name.
+    name: &'a Path,
+    /// Whose it is.
+    owner: u32,
+    pages: u32,
+    memory: Option<DeviceMemory>,
+}
+
+impl Make<'_> {
+    /// For who joins only.
+    fn nothing() -> Self {
+        Make { name: Path::new("?"), owner: 0, pages: 0, memory: None }
+    }
+}
+
+/// A table that was joined, and whether its agent runs.
+type Joined = (Arc<Table>, Result<(), Errno>);
+
 /// What the pages of a table need of their pagemap: somebody to clean up after the dead. A file's need nothing when they
 /// become idle: the block stays the file's until that is changed, which waits for just this. A device's have its memory.
 struct TableOps {
@@ -146,7 +166,7 @@ static TABLES: ForkMutex<Vec<(PathBuf, Weak<Table>)>> = ForkMutex::new(Vec::new(
 /// Held while this process opens, locks or closes a table's file. Such a file is locked by [`lock_first_byte`], whose locks
 /// are the process's: a forked child does not keep them, and they end with the process, but also when it closes any
 /// descriptor of the file.
-static FILES: ForkMutex<()> = ForkMutex::new((), || ());
+pub(super) static FILES: ForkMutex<()> = ForkMutex::new((), || ());
 
 impl Table {
     /// The name of the table of the file with this identity ([`crate::sys::dax::file_identity`]).
@@ -156,44 +176,52 @@ impl Table {
 
     /// This process's table of that name: the one it has, or one that it joins or makes, with counts for at least
     /// `pages` pages (of a file: a multiple of [`TABLE_ALIGN`](super::refs::TABLE_ALIGN)) if nobody else uses it yet.
-    /// `file` is its name, for people; `memory`: it is a device. `looks`: only to see who uses it, which makes nobody a
-    /// user.
+    /// `file` is its name, for people, and `owner` whose it is; `memory`: it is a device.
     pub(super) fn attach(
         path: &Path,
         file: &Path,
+        owner: u32,
         pages: u32,
         memory: Option<DeviceMemory>,
-        looks: bool,
     ) -> Result<Arc<Self>, TableError> {
-        let mut tables = TABLES.lock();
-        tables.retain(|(_, table)| table.strong_count() > 0);
-        if let Some(table) = tables.iter().find(|(p, _)| p == path).and_then(|(_, table)| table.upgrade()) {
-            if !looks {
-                table.become_user();
-            }
-            return Ok(table);
-        }
-        let joining = {
-            let _files = FILES.lock();
-            Self::join(path, file, pages, memory)
-        };
-        let (table, started) = joining?;
-        started?;
-        table.reap();
-        if !looks {
-            table.become_user();
-        }
-        tables.push((path.to_owned(), Arc::downgrade(&table)));
+        let make = Make { name: file, owner, pages, memory };
+        // Whoever makes one if there is none has one.
+        let table = Self::find_or_join(path, Some(make))?.ok_or(TableError::Version)?;
         Ok(table)
     }
 
-    fn join(
-        path: &Path,
-        name: &Path,
-        pages: u32,
-        memory: Option<DeviceMemory>,
-    ) -> Result<(Arc<Self>, Result<(), Errno>), TableError> {
-        let file = open_locked(path)?;
+    /// A table, only to see who uses it, which makes nobody a user. `None`: nobody does, or there is none.
+    pub(super) fn look_at(path: &Path) -> Result<Option<Arc<Self>>, TableError> {
+        Self::find_or_join(path, None)
+    }
+
+    fn find_or_join(path: &Path, make: Option<Make<'_>>) -> Result<Option<Arc<Self>>, TableError> {
+        let uses = make.is_some();
+        let mut tables = TABLES.lock();
+        tables.retain(|(_, table)| table.strong_count() > 0);
+        let ours = tables.iter().find(|(p, _)| p == path).and_then(|(_, table)| table.upgrade());
+        let table = match ours {
+            Some(table) => table,
+            None => {
+                let joining = {
+                    let _files = FILES.lock();
+                    Self::join(path, make)
+                };
+                let Some((table, started)) = joining? else { return Ok(None) };
+                started?;
+                table.reap();
+                tables.push((path.to_owned(), Arc::downgrade(&table)));
+                table
+            }
+        };
+        if uses {
+            table.become_user();
+        }
+        Ok(Some(table))
+    }
+
+    fn join(path: &Path, make: Option<Make<'_>>) -> Result<Option<Joined>, TableError> {
+        let Some(file) = open_locked(path, make.as_ref().map(|make| make.owner))? else { return Ok(None) };
         let mut size = rustix::fs::fstat(&file)?.st_size as usize;
         let identity = identity(file.as_fd())?;
         let head = OwnHead::map(file.as_fd())?;
@@ -201,6 +229,11 @@ impl Table {
             head.area().populate(0, HEAD).map_err(no_memory)?;
         }
         let fresh = size < HEAD + SLOTS || head.word(word::MAGIC) == 0 || !any_alive(&file, &head)?;
+        let Some(Make { name, pages, memory, .. }) = make.or_else(|| (!fresh).then(Make::nothing)) else {
+            // Left by the dead. We have the lock: nobody can be about to use it.
+            let _gone = rustix::fs::unlink(path);
+            return Ok(None);
+        };
         // What we have made, and nobody can use, does not stay.
         let failed = |why: TableError| {
             fresh.then(|| rustix::fs::unlink(path));
@@ -283,7 +316,7 @@ impl Table {
         // Only now, because it closes a descriptor. Until it is there our life sign alone says that we live, which is enough
         // for one who has nothing yet.
         let started = started.and_then(|()| joined.hold_life());
-        Ok((joined, started))
+        Ok(Some((joined, started)))
     }
 
     /// The lock that stays until no thread of ours can run. [`FILES`] is held.
@@ -449,20 +482,7 @@ impl Table {
 
     /// Those who have the file open: slot, process, command.
     pub(super) fn living(&self) -> Vec<(Owner, u32, String)> {
-        let uses = |owner: &Owner| self.slots.of(*owner)[slot::USER].load(Ordering::Relaxed) != 0;
-        let alive = self.slots.all().filter(|owner| self.is_alive(*owner)).filter(uses);
-        alive
-            .map(|owner| {
-                let slot = self.slots.of(owner);
-                let command: Vec<u8> = slot[slot::COMMAND..slot::COMMAND + 4]
-                    .iter()
-                    .flat_map(|w| w.load(Ordering::Relaxed).to_ne_bytes())
-                    .take_while(|b| *b != 0)
-                    .collect();
-                let command = String::from_utf8_lossy(&command).into_owned();
-                (owner, slot[slot::PID].load(Ordering::Relaxed), command)
-            })
-            .collect()
+        self.slots.living(|owner| self.is_alive(owner))
     }
 
     /// Whether another process has the file open.
@@ -543,14 +563,23 @@ pub(super) fn identity(file: BorrowedFd<'_>) -> Result<(u64, u64), Errno> {
     rustix::fs::fstat(file).map(|stat| (stat.st_dev, stat.st_ino))
 }
 
-/// The table's file, with its lock, and still under its name.
-fn open_locked(path: &Path) -> Result<OwnedFd, TableError> {
+/// The table's file, with its lock, and still under its name; made if it is not there, for who uses the file of user
+/// `file_owner`. `None`: it is not there, for who only looks.
+fn open_locked(path: &Path, file_owner: Option<u32>) -> Result<Option<OwnedFd>, TableError> {
     let me = rustix::process::geteuid();
-    let foreign = |uid: u32| uid != me.as_raw() && uid != 0 && !me.is_root();
+    // Root can open them all, but whoever made one can write into it and cut it off. So it trusts in a table him who can
+    // do that to the file itself.
+    let trust = |uid: u32| match () {
+        () if uid == me.as_raw() || uid == 0 => Ok(()),
+        () if !me.is_root() => Err(TableError::Foreign(uid)),
+        () if file_owner == Some(uid) => Ok(()),
+        () => Err(TableError::Untrusted(uid)),
+    };
     loop {
         // With O_CREAT the kernel may refuse another's file in a directory of all (fs.protected_regular), root, too.
         let create = OPEN | OFlags::CREATE | OFlags::EXCL;
         let file = match rustix::fs::open(path, OPEN, Mode::empty()) {
+            Err(Errno::NOENT) if file_owner.is_none() => return Ok(None),
             Err(Errno::NOENT) => match rustix::fs::open(path, create, Mode::RUSR | Mode::WUSR) {
                 Err(Errno::EXIST) => continue, // another was quicker
                 file => file?,
@@ -561,14 +590,11 @@ fn open_locked(path: &Path) -> Result<OwnedFd, TableError> {
             }
             file => file?,
         };
-        let stat = rustix::fs::fstat(&file)?;
-        if foreign(stat.st_uid) {
-            return Err(TableError::Foreign(stat.st_uid));
-        }
+        trust(rustix::fs::fstat(&file)?.st_uid)?;
         lock_first_byte(file.as_fd())?;
         // The last user may have removed it while we waited.
         if rustix::fs::fstat(&file)?.st_nlink > 0 {
-            return Ok(file);
+            return Ok(Some(file));
         }
     }
 }
@@ -605,11 +631,7 @@ impl Head {
 
     /// The file's name, as whoever made the table knew it.
     pub(super) fn file_name(&self) -> PathBuf {
-        use std::os::unix::ffi::OsStringExt;
-        let len = self.word(word::PATH_LEN) as usize;
-        let mut name = vec![0; len.min(PATH.len())];
-        self.area().read(PATH.start, &mut name);
-        std::ffi::OsString::from_vec(name).into()
+        file_name(self.area())
     }
 
     /// The cuts under way.
@@ -622,4 +644,13 @@ impl Head {
     pub(super) fn event(&self) -> &'static AtomicU32 {
         &self.words()[word::EVENT]
     }
+}
+
+/// The file's name in a head.
+pub(super) fn file_name(head: SharedArea) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt;
+    let len = head.atomics32()[word::PATH_LEN].load(Ordering::Relaxed) as usize;
+    let mut name = vec![0; len.min(PATH.len())];
+    head.read(PATH.start, &mut name);
+    std::ffi::OsString::from_vec(name).into()
 }
