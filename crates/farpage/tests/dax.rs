@@ -244,6 +244,39 @@ fn a_flush_is_of_the_file() {
     assert!(file.audit().is_empty() && file.users()[0].holds.is_empty());
 }
 
+/// Opening a file ends leases of it, also those of the process that opens.
+#[test]
+fn a_file_of_which_pages_are_pinned_is_opened_again() {
+    let (dir, file) = file(8);
+    let options = DaxOptions::new().page_cache(true).tables(dir.path());
+    for _ in 0..3 {
+        let _pin = file.pin(0..PAGE, Pin::Short).unwrap();
+        let began = Instant::now();
+        let again = options.open(file.path()).unwrap();
+        assert!(began.elapsed() < Duration::from_secs(5), "it took {:?}", began.elapsed());
+        let error = again.change(Change::Truncate(0), &soon()).unwrap_err();
+        assert!(error.to_string().contains("a pin of 0x0..0x1000"), "{error}");
+    }
+    // Pins come and go meanwhile, and each is one for which a lease may be taken.
+    let done = AtomicBool::new(false);
+    let longest = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                drop(file.pin(0..PAGE, Pin::Short).unwrap());
+            }
+        });
+        let longest = (0..100).map(|_| {
+            let began = Instant::now();
+            drop(options.open(file.path()).unwrap());
+            began.elapsed()
+        });
+        let longest = longest.max();
+        done.store(true, Ordering::Relaxed);
+        longest.unwrap()
+    });
+    assert!(longest < Duration::from_secs(5), "it took {longest:?}");
+}
+
 #[test]
 fn a_pinned_address_stays_and_its_mapping_with_it() {
     let (_dir, file) = file(8);

@@ -235,7 +235,10 @@ impl DaxOptions {
         let name = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         let table = Table::attach(&table_path, &name, stat.st_uid, pages, None).map_err(table_error)?;
         let flags = OFlags::CLOEXEC | if self.read_only { OFlags::RDONLY } else { OFlags::RDWR };
-        let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open"))?;
+        let fd = {
+            let _opening = table.without_leases();
+            rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open"))?
+        };
         // The name may be another file's by now.
         if dax::file_identity(fd.as_fd()).map_err(failed("look at"))? != identity {
             return Err(failed("open")(Errno::STALE));

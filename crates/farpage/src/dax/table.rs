@@ -83,6 +83,8 @@ pub struct Table {
     pub(super) mappings: Mutex<Vec<Arc<Mutex<Mapped>>>>,
     /// Handles of this process.
     pub(super) files: Mutex<Vec<Weak<Inner>>>,
+    /// Threads of this process that are opening the file.
+    pub(super) opening: AtomicU32,
     agent: OnceLock<std::thread::JoinHandle<()>>,
 }
 
@@ -303,6 +305,7 @@ impl Table {
             pid: std::process::id(),
             mappings: Mutex::new(Vec::new()),
             files: Mutex::new(Vec::new()),
+            opening: AtomicU32::new(0),
             agent: OnceLock::new(),
         });
         let _first = table.set(Arc::downgrade(&joined));
