@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use farpage::Pin;
 use farpage::dax::{Change, DaxError, DaxOptions, TableError, Wait};
 use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 const PAGE: u64 = 4096;
 const HUGE: u64 = 2 << 20;
@@ -36,6 +37,34 @@ fn alone(name: &str, first: Option<&str>) -> bool {
     let out = command(&script).output().unwrap();
     assert!(out.status.success(), "{}\n{}", out.status, String::from_utf8_lossy(&out.stderr));
     false
+}
+
+#[test]
+fn without_descriptors_mappings_give_way_all_the_same() {
+    if !alone("without_descriptors_mappings_give_way_all_the_same", None) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let options = DaxOptions::new().page_cache(true).tables(dir.path());
+    let file = options.create(dir.path().join("file")).unwrap();
+    file.write_at(&[1; 8 * 4096], 0).unwrap();
+    let map = file.map(0..8 * PAGE).unwrap();
+    let before = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(64), ..before }).unwrap();
+    let mut files = Vec::new();
+    let full = loop {
+        match std::fs::File::open("/dev/null") {
+            Ok(file) => files.push(file),
+            Err(e) => break e,
+        }
+    };
+    assert_eq!(Errno::from_io_error(&full), Some(Errno::MFILE));
+    let wait = Wait { timeout: std::time::Duration::from_secs(2), stop: None };
+    file.change(Change::PunchHole(0..2 * PAGE), &wait).unwrap();
+    file.change(Change::Truncate(4 * PAGE), &wait).unwrap();
+    assert!(matches!(map.read(4 * 4096, &mut [0]), Err(DaxError::Cut { .. })));
+    // SAFETY: inside the mapping.
+    assert_eq!(unsafe { (map.as_ptr().read_volatile(), map.as_ptr().add(3 * 4096).read_volatile()) }, (0, 1));
 }
 
 #[test]

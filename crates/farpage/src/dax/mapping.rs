@@ -253,7 +253,8 @@ impl DaxMapping {
         let len = pages.len() * PAGE_SIZE;
         // Where huge pages can be, the kernel chooses an address that lies to one as the file's offset does. Nobody knows
         // the address yet, so nobody reaches pages through it before they are held.
-        let addr = dax::map_file(file.fd.as_fd(), bytes(&pages).start, len, file.how_to_map());
+        let addr = dax::prepare_nothing()
+            .and_then(|()| dax::map_file(file.fd.as_fd(), bytes(&pages).start, len, file.how_to_map()));
         let addr = addr.map_err(|e| file.failed("map", e))?;
         let unmap = |e| {
             let _gone = sys::unmap(addr, len);
