@@ -188,9 +188,10 @@ impl Mapped {
             let there =
                 table.cuts().over(&part).is_none() && self.file.pages().is_ok_and(|end| end >= part.end);
             if !there || self.map(&part).is_err() {
-                // A new cut, whose end is another event; or no memory: until the next event then.
+                // A new cut, whose end is another event: its cutter has seen our references, and is told that they are gone.
+                // Or no memory: until the next event then, which must not be one of ours, or we would come here at once.
                 table.give(refs);
-                undone = true;
+                undone |= !there;
                 continue;
             }
             self.parts.push(refs);
