@@ -315,6 +315,39 @@ fn long_pins_need_somebody_who_gives_them_up() {
     assert_eq!(*asked.lock().unwrap(), vec![2 * PAGE..3 * PAGE; 1]);
 }
 
+/// Each of two who want pages at once has their owner asked once.
+#[test]
+fn who_is_asked_to_give_up_is_asked_once_for_each_change() {
+    let (dir, file) = file(8);
+    let asked = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let note = asked.clone();
+    let options = DaxOptions::new()
+        .page_cache(true)
+        .tables(dir.path())
+        .on_revoke(move |range| note.lock().unwrap().push(range));
+    let asker = options.open(file.path()).unwrap();
+    let _pin = asker.pin(0..4 * PAGE, Pin::LongTerm).unwrap();
+    let wait = Wait { timeout: Duration::from_millis(600), stop: None };
+    std::thread::scope(|scope| {
+        for page in [1, 3] {
+            let (file, wait) = (&file, &wait);
+            scope.spawn(move || {
+                let cut = Change::PunchHole(page * PAGE..(page + 1) * PAGE);
+                assert!(matches!(file.change(cut, wait), Err(DaxError::Held { .. })));
+            });
+        }
+        // The agent looks at every change of anything.
+        for _ in 0..20 {
+            drop(file.map(6 * PAGE..7 * PAGE).unwrap());
+            file.punch_hole(5 * PAGE..6 * PAGE).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let mut asked = asked.lock().unwrap();
+    asked.sort_by_key(|range| range.start);
+    assert_eq!(*asked, [PAGE..2 * PAGE, 3 * PAGE..4 * PAGE]);
+}
+
 #[test]
 fn closing_waits_for_what_was_made_through_the_handle() {
     let (_dir, file) = file(8);

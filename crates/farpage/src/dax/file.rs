@@ -22,7 +22,7 @@ use super::users::{Difference, User, bytes};
 use super::{Change, Wait};
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
-use crate::frame::cuts::{Cut, Phase};
+use crate::frame::cuts::{CUTS, Cut, Phase};
 use crate::frame::ledger::HolderKind;
 use crate::pagemap::HoldError;
 use crate::space::pin::Pin;
@@ -92,8 +92,8 @@ pub(super) struct Inner {
     /// Mappings and pins that were made through this handle.
     pub holds: AtomicUsize,
     closed: AtomicBool,
-    /// The cut of which the owner of long-term pins was told last.
-    revoked: AtomicU64,
+    /// The cut of which the owner of long-term pins was told last, for each place of one.
+    revoked: [AtomicU64; CUTS],
 }
 
 impl std::fmt::Debug for Inner {
@@ -134,7 +134,7 @@ impl Inner {
             lease: PinLease::default(),
             holds: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
-            revoked: AtomicU64::new(0),
+            revoked: [const { AtomicU64::new(0) }; CUTS],
         });
         let mut files = inner.table.files.lock();
         files.retain(|file| file.strong_count() > 0);
@@ -319,7 +319,8 @@ impl Inner {
             let mine = mine.filter(|e| e.kind == HolderKind::LongPin).map(|e| self.table.pages_held(&e));
             let parts = mine.map(|held| held.start.max(cut.pages.start)..held.end.min(cut.pages.end));
             let parts: Vec<Range<Pfn>> = parts.filter(|part| !part.is_empty()).collect();
-            if !parts.is_empty() && self.revoked.swap(cut.id(), Ordering::Relaxed) != cut.id() {
+            // Relaxed: the agent's alone.
+            if !parts.is_empty() && self.revoked[cut.place].swap(cut.id(), Ordering::Relaxed) != cut.id() {
                 parts.iter().for_each(|part| revoke(bytes(part)));
             }
         }
