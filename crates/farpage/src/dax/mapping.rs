@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use arrayvec::ArrayVec;
+
 use super::change::after;
 use super::error::DaxError;
 use super::file::{Access, Inner};
@@ -17,7 +19,7 @@ use super::touch::{self, Watch, Watched};
 use super::users::bytes;
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
-use crate::frame::cuts::{Cut, Phase};
+use crate::frame::cuts::{CUTS, Cut, Phase};
 use crate::frame::ledger::HolderKind;
 use crate::space::pin::Pin;
 use crate::sys::{self, Mutex, dax};
@@ -236,9 +238,12 @@ impl Table {
     pub(super) fn serve(&self, event: u32) {
         let mut gave = false;
         let mappings = self.mappings.lock();
-        let cuts: Vec<Cut> = self.cuts().iter().collect();
         for mapping in mappings.iter() {
-            gave |= mapping.lock().serve(self, &cuts);
+            let mut mapping = mapping.lock();
+            // Under its lock. When a cut is over its pages can be pinned, and who pins takes this lock before he uses the address:
+            // either he comes later, and maps again what we take away, or we see that the cut is over.
+            let cuts: ArrayVec<Cut, CUTS> = self.cuts().iter().collect();
+            gave |= mapping.serve(self, &cuts);
         }
         drop(mappings);
         touch::caught_up(self.head().number(), event);
