@@ -297,6 +297,11 @@ impl DaxMapping {
             }
         };
         file.holds.fetch_add(1, Ordering::Relaxed);
+        // What was announced before the handler's record was there, and served before this mapping was in the list, nobody
+        // will serve for it: a touch would wait for that.
+        if table.event() != watch.event {
+            table.announce();
+        }
         let file = file.clone();
         Ok(Self(Arc::new(Map {
             file,
