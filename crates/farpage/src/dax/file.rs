@@ -90,7 +90,7 @@ pub(super) struct Inner {
     pub options: DaxOptions,
     pub lease: PinLease,
     /// Mappings and pins that were made through this handle.
-    pub holds: AtomicUsize,
+    holds: AtomicUsize,
     closed: AtomicBool,
     /// The cut of which the owner of long-term pins was told last, for each place of one.
     revoked: [AtomicU64; CUTS],
@@ -191,10 +191,27 @@ impl Inner {
     }
 
     pub fn check_open(&self) -> Result<(), DaxError> {
-        if self.table.is_ours() && !self.closed.load(Ordering::Acquire) {
+        // SeqCst, with `close`.
+        if self.table.is_ours() && !self.closed.load(Ordering::SeqCst) {
             return Ok(());
         }
         Err(DaxError::Closed { path: self.path.clone() })
+    }
+
+    /// Makes something that [`DaxFile::close`] waits for. Counted first, and then the handle is looked at
+    /// ([`Self::try_take`]): either that sees that it is closed, or who closes sees the count. If it is made, whoever drops
+    /// it calls [`Self::gone`].
+    pub fn counted<T>(&self, make: impl FnOnce() -> Result<T, DaxError>) -> Result<T, DaxError> {
+        // SeqCst, with `close`.
+        self.holds.fetch_add(1, Ordering::SeqCst);
+        make().inspect_err(|_| self.gone())
+    }
+
+    /// One less of those.
+    pub fn gone(&self) {
+        // SeqCst, with `close`: who finds none left finds that its pages are nobody's.
+        self.holds.fetch_sub(1, Ordering::SeqCst);
+        self.table.announce_to_waiters();
     }
 
     /// For what writes to or changes the file.
@@ -571,16 +588,19 @@ impl DaxFile {
         if !inner.table.is_ours() {
             return Ok(()); // a forked child: nothing was made through it
         }
-        inner.closed.store(true, Ordering::Release);
+        // SeqCst, before the count: see `counted`.
+        inner.closed.store(true, Ordering::SeqCst);
         let deadline = after(Instant::now(), wait.timeout);
         loop {
             let event = inner.table.event();
-            if inner.holds.load(Ordering::Acquire) == 0 {
+            // SeqCst: with `counted` and `gone`.
+            if inner.holds.load(Ordering::SeqCst) == 0 {
                 return Ok(());
             }
             let interrupted = wait.is_stopped();
             if interrupted || !inner.table.wait(event, deadline) {
-                inner.closed.store(false, Ordering::Release);
+                // SeqCst, as above.
+                inner.closed.store(false, Ordering::SeqCst);
                 let (path, range) = (inner.path.clone(), 0..u64::MAX);
                 let error = if interrupted {
                     DaxError::Interrupted { path, range }

@@ -255,6 +255,10 @@ impl Table {
 
 impl DaxMapping {
     pub(super) fn new(file: &Arc<Inner>, pages: Range<Pfn>) -> Result<Self, DaxError> {
+        file.counted(|| Self::make(file, pages))
+    }
+
+    fn make(file: &Arc<Inner>, pages: Range<Pfn>) -> Result<Self, DaxError> {
         let table = &file.table;
         let len = pages.len() * PAGE_SIZE;
         // Where huge pages can be, the kernel chooses an address that lies to one as the file's offset does. Nobody knows
@@ -296,7 +300,6 @@ impl DaxMapping {
                 }
             }
         };
-        file.holds.fetch_add(1, Ordering::Relaxed);
         // What was announced before the handler's record was there, and served before this mapping was in the list, nobody
         // will serve for it: a touch would wait for that.
         if table.event() != watch.event {
@@ -451,9 +454,9 @@ impl Drop for Map {
         // Out of reach before the references go.
         let _gone = sys::unmap(self.addr, self.pages.len() * PAGE_SIZE);
         mapped.set_gap(table, false);
-        mapped.parts.drain(..).for_each(|refs| self.file.give_back(refs));
-        self.file.holds.fetch_sub(1, Ordering::Relaxed);
-        table.announce_to_waiters();
+        mapped.parts.drain(..).for_each(|refs| table.give(refs));
+        // Tells those, too, who wait for the pages.
+        self.file.gone();
     }
 }
 
