@@ -348,6 +348,25 @@ fn who_is_asked_to_give_up_is_asked_once_for_each_change() {
     assert_eq!(*asked, [PAGE..2 * PAGE, 3 * PAGE..4 * PAGE]);
 }
 
+/// There are counts for 8 TiB: also of a file of more than half of that.
+#[test]
+fn a_large_file_is_opened() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let options = DaxOptions::new().page_cache(true).tables(dir.path());
+    let path = dir.path().join("file");
+    let sparse = std::fs::File::create_new(&path).unwrap();
+    sparse.set_len(5 << 40).unwrap();
+    let file = options.open(&path).unwrap();
+    let end = 5 << 40;
+    let map = file.map(end - 3 * PAGE..end).unwrap();
+    map.write(4096, &[7]).unwrap();
+    assert!(matches!(file.change(Change::Truncate(0), &soon()), Ok(())));
+    drop((map, file));
+    sparse.set_len((8 << 40) + 1).unwrap();
+    let error = options.open(&path).unwrap_err();
+    assert!(matches!(error, DaxError::TooLarge { .. }), "{error}");
+}
+
 #[test]
 fn closing_waits_for_what_was_made_through_the_handle() {
     let (_dir, file) = file(8);
