@@ -83,8 +83,10 @@ impl Table {
         let frames = &self.pagemap().frames;
         let base = self.frames();
         let huge = base + pages.start / HUGE..base.saturating_add(pages.end.div_ceil(HUGE));
-        frames.first_used(pages.start, pages.end.min(base)).is_some()
-            || (self.has_huge() && frames.first_used(huge.start, huge.end).is_some())
+        let small = || frames.first_used(pages.start, pages.end.min(base)).is_some();
+        // Who holds both pages that go and others may change from one kind of reference to the other meanwhile, where another cut
+        // has him give up a part: he takes the new ones first, so he has some of one kind at any time.
+        small() || (self.has_huge() && (frames.first_used(huge.start, huge.end).is_some() || small()))
     }
 
     /// The pages that a record of the ledger holds.
