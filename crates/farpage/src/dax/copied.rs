@@ -7,9 +7,10 @@ use rustix::fs::{FileType, MemfdFlags, Mode, OFlags, memfd_create};
 use rustix::io::Errno;
 
 use super::error::TableError;
+use super::heads::{HEAD, MAGIC, file_name, word};
 use super::refs::{frames_of, pages_held};
 use super::slots::{SLOTS, Slots};
-use super::table::{FILES, HEAD, MAGIC, file_name, word};
+use super::table::FILES;
 use super::users::{User, users_of};
 use crate::frame::Pfn;
 use crate::frame::ledger::Ledger;

@@ -17,15 +17,14 @@ use rustix::io::Errno;
 use super::counts::{Counts, no_memory};
 use super::error::TableError;
 use super::file::Inner;
-use super::heads::{Head, OwnHead};
+use super::heads::{HEAD, Head, MAGIC, OwnHead, word};
 use super::mapping::Mapped;
 use super::refs::frames_of;
 use super::slots::{SLOTS, Slots, slot};
-use crate::PAGE_SIZE;
 use crate::device::memory::DeviceMemory;
-use crate::frame::cuts::{CUTS, Cuts};
+use crate::frame::cuts::Cuts;
 use crate::frame::{Owner, Pfn};
-use crate::pagemap::{DriverId, HoldError, MemoryType, Pagemap, PagemapOps, Registration, SharedArea};
+use crate::pagemap::{DriverId, HoldError, MemoryType, Pagemap, PagemapOps, Registration};
 use crate::sys::{
     ForkMutex, LifeLock, Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake, is_locked,
     lock_first_byte, unlock_first_byte,
@@ -35,28 +34,6 @@ use crate::sys::{
 pub const DIR: &str = "/dev/shm";
 /// What their names begin with.
 pub const PREFIX: &str = "farpage-dax-";
-
-/// The first page: what a signal handler reads as well.
-pub(super) const HEAD: usize = PAGE_SIZE;
-pub(super) const MAGIC: u32 = 0xfa5d_0002;
-/// Words of the head.
-pub(super) mod word {
-    pub const MAGIC: usize = 0;
-    pub const PAGES: usize = 1;
-    /// More than pages if huge pages have frames, too.
-    pub const FRAMES: usize = 9;
-    pub const LOCK: usize = 2;
-    pub const EVENT: usize = 3;
-    pub const SIZE_LOCK: usize = 4;
-    pub const PATH_LEN: usize = 5;
-    pub const WAITERS: usize = 6;
-    pub const GAPS: usize = 7;
-    pub const SLOTS_USED: usize = 8;
-}
-/// The file's name, for people.
-const PATH: std::ops::Range<usize> = 64..1024;
-const STATES: usize = 1024;
-const BOUNDS: usize = STATES + CUTS * 8;
 
 /// Looks at least so often for the dead, who wake nobody.
 pub(super) const ROUND: Duration = Duration::from_millis(20);
@@ -609,51 +586,4 @@ fn any_alive(file: &OwnedFd, head: &Head) -> Result<bool, Errno> {
     let alive = slots.any_alive(|byte| is_locked(file.as_fd(), byte).unwrap_or(true));
     map.unmap();
     Ok(alive)
-}
-
-/// The parts of a head.
-impl Head {
-    fn word(&self, i: usize) -> u32 {
-        self.words()[i].load(Ordering::Acquire)
-    }
-
-    fn begin(&self, file: &Path, pages: u32, frames: u32) {
-        use std::os::unix::ffi::OsStrExt;
-        let name = file.as_os_str().as_bytes();
-        let name = &name[..name.len().min(PATH.len())];
-        self.area().write(PATH.start, name);
-        self.words()[word::PATH_LEN].store(name.len() as u32, Ordering::Relaxed);
-        self.words()[word::PAGES].store(pages, Ordering::Relaxed);
-        self.words()[word::FRAMES].store(frames, Ordering::Relaxed);
-    }
-
-    /// All is in place.
-    fn publish(&self) {
-        self.words()[word::MAGIC].store(MAGIC, Ordering::Release);
-    }
-
-    /// The file's name, as whoever made the table knew it.
-    pub(super) fn file_name(&self) -> PathBuf {
-        file_name(self.area())
-    }
-
-    /// The cuts under way.
-    pub(super) fn cuts(&self) -> Cuts {
-        let words = self.area().atomics64();
-        Cuts::new(&words[STATES / 8..], &words[BOUNDS / 8..])
-    }
-
-    /// See [`Table::announce`].
-    pub(super) fn event(&self) -> &'static AtomicU32 {
-        &self.words()[word::EVENT]
-    }
-}
-
-/// The file's name in a head.
-pub(super) fn file_name(head: SharedArea) -> PathBuf {
-    use std::os::unix::ffi::OsStringExt;
-    let len = head.atomics32()[word::PATH_LEN].load(Ordering::Relaxed) as usize;
-    let mut name = vec![0; len.min(PATH.len())];
-    head.read(PATH.start, &mut name);
-    std::ffi::OsString::from_vec(name).into()
 }
