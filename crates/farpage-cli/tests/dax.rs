@@ -314,6 +314,61 @@ fn another_users_file_gets_one_line() {
     assert!(ls(&[]).contains(&format!("{} farpage: pin of 0..16K", holder.pid())));
 }
 
+/// Whoever may read a file may use it, with a table of his own making. Root believes that only of the file's owner, who
+/// can do as he likes with the file as it is.
+#[test]
+fn root_trusts_no_table_of_somebody_who_does_not_own_the_file() {
+    let (dir, path) = file(4);
+    if !root() {
+        return skipped("needs root to be two users");
+    }
+    let nobody = Some(rustix::fs::Uid::from_raw(65534));
+    let farpage = public_copy(dir.path());
+    let hold = |path: &Path| {
+        let mut hold = Command::new(&farpage);
+        hold.args(["dax", "hold", "--page-cache"]).arg(path).args(["--for", "1h"]).uid(65534);
+        Holder::start(hold)
+    };
+    let theirs = hold(&path);
+    for what in ["truncate", "punch", "hold"] {
+        let args: &[&str] = match what {
+            "truncate" => &["0"],
+            "punch" => &["0:4096"],
+            _ => &[],
+        };
+        let (_, why) = refusal(&mut dax(what, &path, args));
+        assert!(why.contains("user 65534 made it, who does not own the file"), "{why}");
+        assert_eq!(len(&path), 4 * 4096);
+    }
+    // It can be seen all the same, whatever becomes of the table.
+    let seen = format!("{} farpage: pin of 0..16K", theirs.pid());
+    assert!(ls(&[]).contains(&seen));
+    let line = "in use by user 65534, who does not own it";
+    assert!(ls(&[path.to_str().unwrap()]).contains(line));
+    let table = fs::read_dir("/dev/shm").unwrap().map(|entry| entry.unwrap().path()).find(|table| {
+        let name = path.to_str().unwrap().as_bytes();
+        let mut bytes = [0; 1024];
+        let _read = fs::File::open(table).and_then(|file| file.read_at(&mut bytes, 0));
+        bytes.get(64..64 + name.len()) == Some(name)
+    });
+    let table = table.unwrap();
+    let file = fs::File::options().write(true).open(&table).unwrap();
+    let whole = file.metadata().unwrap().len();
+    drop(theirs);
+    for len in [1 << 16, 4096, 100, 0] {
+        file.set_len(len).unwrap();
+        assert!(!ls(&[]).contains(&seen));
+    }
+    file.set_len(whole).unwrap();
+    drop(file);
+    fs::remove_file(&table).unwrap();
+    // The owner's is another matter.
+    rustix::fs::chown(&path, nobody, None).unwrap();
+    let theirs = hold(&path);
+    let (_, why) = refusal(dax("punch", &path, &["--timeout", "100ms"]).arg("0:4096"));
+    assert!(why.contains(&format!("pid {} (farpage) has a pin", theirs.pid())), "{why}");
+}
+
 #[test]
 fn map_says_how() {
     let (_dir, path) = file(4);

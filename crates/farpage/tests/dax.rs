@@ -114,6 +114,37 @@ fn a_pin_holds_off_what_cuts_its_pages_and_nothing_else() {
     assert!(file.audit().is_empty());
 }
 
+/// A file system may free the block of the last page when all that the file has of it goes, though the range ends inside
+/// that page: ext4 does.
+#[test]
+fn the_last_page_goes_with_all_that_the_file_has_of_it() {
+    // Where blocks are freed, if there is such a place.
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let options = DaxOptions::new().page_cache(true).tables(dir.path());
+    let file = options.create(dir.path().join("file")).unwrap();
+    file.write_at(&[1; 5000], 0).unwrap();
+    file.flush(0..5000).unwrap();
+    let blocks = || rustix::fs::fstat(file.as_fd()).unwrap().st_blocks;
+    let before = blocks();
+    let pin = file.pin(PAGE..5000, Pin::Short).unwrap();
+    for end in [5000, 5001, 8000, 8192] {
+        for change in [Change::PunchHole(PAGE..end), Change::ZeroRange(PAGE..end)] {
+            let error = file.change(change.clone(), &soon()).map_err(|e| e.to_string());
+            assert!(error.as_ref().is_err_and(|e| e.contains("a pin of 0x")), "{change:?}: {error:?}");
+            assert_eq!(blocks(), before);
+        }
+    }
+    // Some of it stays: then the page does, too.
+    file.change(Change::PunchHole(PAGE..4999), &soon()).unwrap();
+    assert_eq!(blocks(), before);
+    let mut bytes = [9; 5000];
+    file.read_at(&mut bytes, 0).unwrap();
+    assert_eq!((bytes[4095], bytes[4096], bytes[4998], bytes[4999]), (1, 0, 0, 1));
+    drop(pin);
+    file.change(Change::PunchHole(PAGE..5000), &soon()).unwrap();
+    assert_eq!(file.len().unwrap(), 5000);
+}
+
 #[test]
 fn who_waits_goes_on_when_the_pin_goes() {
     let (_dir, file) = file(4);
@@ -170,10 +201,8 @@ fn mappings_lose_what_is_cut_and_get_it_back() {
     let mut byte = [0];
     assert!(matches!(map.read(5 * 4096, &mut byte), Err(DaxError::Cut { .. })));
     assert!(matches!(map.write(5 * 4096, &byte), Err(DaxError::Cut { .. })));
-    assert!(matches!(
-        map.pin(5 * 4096..6 * 4096, Pin::Short),
-        Err(DaxError::Range { .. } | DaxError::Cut { .. })
-    ));
+    assert!(matches!(map.pin(5 * 4096..6 * 4096, Pin::Short), Err(DaxError::Cut { .. })));
+    assert!(matches!(map.flush(5 * 4096..6 * 4096), Err(DaxError::Cut { .. })));
     assert_eq!(file.len().unwrap(), 5 * PAGE, "a write to what is gone does not bring it back");
     // It grows again.
     file.truncate(64 * PAGE).unwrap();
@@ -186,6 +215,66 @@ fn mappings_lose_what_is_cut_and_get_it_back() {
     }
     assert_eq!(file.users()[0].holds.len(), 1);
     assert!(file.audit().is_empty());
+}
+
+/// What was cut off and came back without farpage is written back like all else, not the nothing that lay there.
+#[test]
+fn a_flush_is_of_the_file() {
+    let (dir, file) = file(8);
+    let map = file.map(0..8 * PAGE).unwrap();
+    let lies_there = || {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let at = map.as_ptr() as usize + 5 * 4096;
+        let line = maps.lines().find(|line| {
+            let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+            let number = |s| usize::from_str_radix(s, 16).unwrap();
+            (number(start)..number(end)).contains(&at)
+        });
+        line.unwrap().to_owned()
+    };
+    file.truncate(5 * PAGE).unwrap();
+    assert!(lies_there().contains("nothing"), "{}", lies_there());
+    std::fs::File::options().write(true).open(file.path()).unwrap().set_len(8 * PAGE).unwrap();
+    map.write(5 * 4096, &[3; 4096]).unwrap();
+    map.flush(5 * 4096..6 * 4096).unwrap();
+    assert!(lies_there().contains(dir.path().to_str().unwrap()), "{}", lies_there());
+    // SAFETY: inside the mapping.
+    assert_eq!(unsafe { map.as_ptr().add(5 * 4096).read_volatile() }, 3);
+    drop(map);
+    assert!(file.audit().is_empty() && file.users()[0].holds.is_empty());
+}
+
+/// Opening a file ends leases of it, also those of the process that opens.
+#[test]
+fn a_file_of_which_pages_are_pinned_is_opened_again() {
+    let (dir, file) = file(8);
+    let options = DaxOptions::new().page_cache(true).tables(dir.path());
+    for _ in 0..3 {
+        let _pin = file.pin(0..PAGE, Pin::Short).unwrap();
+        let began = Instant::now();
+        let again = options.open(file.path()).unwrap();
+        assert!(began.elapsed() < Duration::from_secs(5), "it took {:?}", began.elapsed());
+        let error = again.change(Change::Truncate(0), &soon()).unwrap_err();
+        assert!(error.to_string().contains("a pin of 0x0..0x1000"), "{error}");
+    }
+    // Pins come and go meanwhile, and each is one for which a lease may be taken.
+    let done = AtomicBool::new(false);
+    let longest = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                drop(file.pin(0..PAGE, Pin::Short).unwrap());
+            }
+        });
+        let longest = (0..100).map(|_| {
+            let began = Instant::now();
+            drop(options.open(file.path()).unwrap());
+            began.elapsed()
+        });
+        let longest = longest.max();
+        done.store(true, Ordering::Relaxed);
+        longest.unwrap()
+    });
+    assert!(longest < Duration::from_secs(5), "it took {longest:?}");
 }
 
 #[test]
@@ -224,6 +313,58 @@ fn long_pins_need_somebody_who_gives_them_up() {
     assert!(asked.lock().unwrap().is_empty(), "not in the way");
     file.truncate(2 * PAGE).unwrap();
     assert_eq!(*asked.lock().unwrap(), vec![2 * PAGE..3 * PAGE; 1]);
+}
+
+/// Each of two who want pages at once has their owner asked once.
+#[test]
+fn who_is_asked_to_give_up_is_asked_once_for_each_change() {
+    let (dir, file) = file(8);
+    let asked = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let note = asked.clone();
+    let options = DaxOptions::new()
+        .page_cache(true)
+        .tables(dir.path())
+        .on_revoke(move |range| note.lock().unwrap().push(range));
+    let asker = options.open(file.path()).unwrap();
+    let _pin = asker.pin(0..4 * PAGE, Pin::LongTerm).unwrap();
+    let wait = Wait { timeout: Duration::from_millis(600), stop: None };
+    std::thread::scope(|scope| {
+        for page in [1, 3] {
+            let (file, wait) = (&file, &wait);
+            scope.spawn(move || {
+                let cut = Change::PunchHole(page * PAGE..(page + 1) * PAGE);
+                assert!(matches!(file.change(cut, wait), Err(DaxError::Held { .. })));
+            });
+        }
+        // The agent looks at every change of anything.
+        for _ in 0..20 {
+            drop(file.map(6 * PAGE..7 * PAGE).unwrap());
+            file.punch_hole(5 * PAGE..6 * PAGE).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let mut asked = asked.lock().unwrap();
+    asked.sort_by_key(|range| range.start);
+    assert_eq!(*asked, [PAGE..2 * PAGE, 3 * PAGE..4 * PAGE]);
+}
+
+/// There are counts for 8 TiB: also of a file of more than half of that.
+#[test]
+fn a_large_file_is_opened() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let options = DaxOptions::new().page_cache(true).tables(dir.path());
+    let path = dir.path().join("file");
+    let sparse = std::fs::File::create_new(&path).unwrap();
+    sparse.set_len(5 << 40).unwrap();
+    let file = options.open(&path).unwrap();
+    let end = 5 << 40;
+    let map = file.map(end - 3 * PAGE..end).unwrap();
+    map.write(4096, &[7]).unwrap();
+    assert!(matches!(file.change(Change::Truncate(0), &soon()), Ok(())));
+    drop((map, file));
+    sparse.set_len((8 << 40) + 1).unwrap();
+    let error = options.open(&path).unwrap_err();
+    assert!(matches!(error, DaxError::TooLarge { .. }), "{error}");
 }
 
 #[test]

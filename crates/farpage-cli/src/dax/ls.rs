@@ -80,7 +80,10 @@ fn these(files: &[PathBuf]) -> Result<(Vec<Used>, Vec<Hidden>), DaxCommandError>
     for path in files {
         let file = match open(&options, path) {
             Ok(file) => file,
-            Err(DaxCommandError::Library(DaxError::Table { why: why @ TableError::Foreign(_), .. })) => {
+            Err(DaxCommandError::Library(DaxError::Table {
+                why: why @ (TableError::Foreign(_) | TableError::Untrusted(_)),
+                ..
+            })) => {
                 hidden.push(Hidden { path: path.clone(), why: reason(why) });
                 continue;
             }
@@ -102,6 +105,9 @@ fn these(files: &[PathBuf]) -> Result<(Vec<Used>, Vec<Hidden>), DaxCommandError>
 fn reason(why: TableError) -> String {
     match why {
         TableError::Foreign(uid) => format!("in use by user {uid}: only that user and root can look"),
+        TableError::Untrusted(uid) => {
+            format!("in use by user {uid}, who does not own it and so cannot be trusted")
+        }
         why => format!("cannot be looked at: {why}"),
     }
 }

@@ -68,7 +68,7 @@ impl Inner {
     /// Cuts off what was appended before `errno` came, if that is nobody's. We have the size lock, so nobody who farpage knows of
     /// moves the end meanwhile.
     fn take_back(&self, part: Range<u64>, errno: Errno) -> DaxError {
-        let pages = Change::Truncate(part.start).pages(self.table.frames());
+        let pages = Change::Truncate(part.start).pages(self.table.frames(), part.end);
         // Whoever has the size lock waits for nobody who may wait for that: he has a moment for the records, and that is all.
         let wait = Wait { timeout: ROUND, stop: None };
         let under = match pages.is_empty() {

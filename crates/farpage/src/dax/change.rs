@@ -2,8 +2,8 @@
 //!
 //! 1. A [cut](crate::frame::cuts) is entered: nobody takes a new reference to a page of the range, in no process.
 //! 2. Pins are waited for. Mappings stay as they are meanwhile.
-//! 3. Mappings are given up, by the agent of each process. (Who moves the end of the file has taken the lock of those who do
-//!    before: its holder may take his time, in which pages that are mapped can be used.)
+//! 3. Mappings are given up, by the agent of each process. (Who moves the end of the file, or frees its last page, has taken
+//!    the lock of those who move it before: its holder may take his time, in which pages that are mapped can be used.)
 //! 4. Every count of the range is 0. Then, and only then, the file is changed.
 //! 5. The cut ends. Mappings of what is still there are made again.
 //!
@@ -82,9 +82,10 @@ impl Wait<'_> {
 }
 
 impl Change {
-    /// The pages that must be nobody's, in a file that can have `frames` of them. Bytes at the edges, of pages that stay, are
-    /// only made zero.
-    pub(super) fn pages(&self, frames: Pfn) -> Range<Pfn> {
+    /// The pages that must be nobody's, in a file of `len` bytes that can have `frames` pages. Bytes at the edges, of pages
+    /// that stay, are only made zero. The last page does not stay if all that the file has of it goes: a file system
+    /// may free its block (ext4 does).
+    pub(super) fn pages(&self, frames: Pfn, len: u64) -> Range<Pfn> {
         let page = PAGE_SIZE as u64;
         let at_most = |n: u64| n.min(u64::from(frames)) as Pfn;
         match self {
@@ -92,7 +93,8 @@ impl Change {
             Self::CollapseRange(range) => at_most(range.start / page)..frames,
             Self::PunchHole(range) | Self::ZeroRange(range) => {
                 let start = at_most(range.start.div_ceil(page));
-                start..at_most(range.end / page).max(start)
+                let end = if range.end < len { range.end / page } else { range.end.div_ceil(page) };
+                start..at_most(end).max(start)
             }
         }
     }
@@ -102,7 +104,21 @@ impl Change {
         matches!(self, Self::Truncate(_) | Self::CollapseRange(_))
     }
 
-    /// The caller has the file's size lock if it [moves the end](Self::moves_end).
+    /// Whether its pages depend on where the file ends.
+    fn depends_on_end(&self) -> bool {
+        match self {
+            Self::PunchHole(range) | Self::ZeroRange(range) => !range.end.is_multiple_of(PAGE_SIZE as u64),
+            Self::Truncate(_) | Self::CollapseRange(_) => false,
+        }
+    }
+
+    /// As [`Self::pages`], for the file as it is now.
+    fn pages_now(&self, file: &Inner) -> Result<Range<Pfn>, DaxError> {
+        let len = if self.depends_on_end() { file.len()? } else { 0 };
+        Ok(self.pages(file.table.frames(), len))
+    }
+
+    /// The caller has the file's size lock if it [moves the end](Self::moves_end) or [depends on it](Self::depends_on_end).
     fn apply(&self, file: &Inner) -> Result<(), DaxError> {
         let allocate = |flags, range: &Range<u64>, what| {
             rustix::fs::fallocate(&file.fd, flags, range.start, range.end - range.start)
@@ -122,6 +138,31 @@ impl Change {
                 allocate(FallocateFlags::COLLAPSE_RANGE, range, "take a part out of")
             }
         }
+    }
+}
+
+impl Change {
+    /// Changes the file once nobody uses the pages that go. False: it ends elsewhere by then, so that more of them go.
+    fn try_once(&self, file: &Inner, patience: &mut Patience<'_>) -> Result<bool, DaxError> {
+        let pages = self.pages_now(file)?;
+        let mut under = match pages.is_empty() {
+            true => None,
+            false => Some(enter(file, &pages, patience)?),
+        };
+        if let Some(under) = &under {
+            under.wait_for_pins(patience)?;
+        }
+        let locks = self.moves_end() || self.depends_on_end();
+        let _size = locks.then(|| file.lock_size(patience, || file.bytes_of(&pages))).transpose()?;
+        // Who makes the file shorter waits until we are through, or has been before us.
+        if self.pages_now(file)?.end > pages.end {
+            return Ok(false);
+        }
+        if let Some(under) = &mut under {
+            under.wait_for_mappings(patience)?;
+        }
+        self.apply(file)?;
+        Ok(true)
     }
 }
 
@@ -160,26 +201,12 @@ impl DaxFile {
         {
             return Err(file.bad_range(r, "is empty"));
         }
-        let pages = change.pages(file.table.frames());
         let mut patience = Patience::new(wait);
-        let lock_size = |patience: &mut Patience<'_>| {
-            let range = || file.bytes_of(&pages);
-            change.moves_end().then(|| file.lock_size(patience, range)).transpose()
-        };
-        let done = if pages.is_empty() {
-            let _size = lock_size(&mut patience)?;
-            change.apply(file)
-        } else {
-            let mut under = enter(file, &pages, &mut patience)?;
-            under.wait_for_pins(&mut patience)?;
-            let _size = lock_size(&mut patience)?;
-            under.wait_for_mappings(&mut patience)?;
-            change.apply(file)
-        };
-        if done.is_ok() && matches!(change, Change::Truncate(_)) {
+        while !change.try_once(file, &mut patience)? {}
+        if matches!(change, Change::Truncate(_)) {
             file.table.announce_growth();
         }
-        done
+        Ok(())
     }
 }
 

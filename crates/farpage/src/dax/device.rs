@@ -157,15 +157,15 @@ impl DaxDevice {
             .try_clone_to_owned()
             .map_err(|e| failed("open it again")(Errno::from_io_error(&e).unwrap_or(Errno::MFILE)))?;
         // The device, by whatever name.
+        let stat = rustix::fs::fstat(file).map_err(failed("look at it"))?;
         let identity = if is.is_device {
-            let device = rustix::fs::fstat(file).map_err(failed("look at it"))?.st_rdev;
-            [b"device-dax".as_slice(), &device.to_ne_bytes()].concat()
+            [b"device-dax".as_slice(), &stat.st_rdev.to_ne_bytes()].concat()
         } else {
             dax::file_identity(file).map_err(failed("look at it"))?
         };
         let table_path = Table::path_of(tables, &identity);
         let frames = memory.frames();
-        let table = Table::attach(&table_path, &path, frames, Some(memory), false)
+        let table = Table::attach(&table_path, &path, stat.st_uid, frames, Some(memory))
             .map_err(|why| DeviceOpenError::Table { path: table_path.clone(), why })?;
         // A file in its place that has grown since.
         if table.frames() < frames {
@@ -213,6 +213,9 @@ impl DaxDevice {
         let whole = self.0.pages_of(&(0..len), self.align())?;
         let align = align.max(self.align()).div_ceil(PAGE_SIZE as u64).min(1 << 31) as u32;
         let table = &self.0.table;
+        // It will be among the first that are free.
+        let end = table.pagemap().frames.end_used().saturating_add(whole.len() as u32).saturating_add(align);
+        table.provide(&(0..end.min(table.frames()))).map_err(|why| self.0.hold_error(why))?;
         let run = table
             .pagemap()
             .alloc_run(table.owner(), HolderKind::Mapping, whole.len() as u32, align)
@@ -233,6 +236,7 @@ impl DaxDevice {
         let pages = self.0.pages_of(&range, PAGE_SIZE as u64)?;
         let kind = if pin == Pin::Short { HolderKind::Pin } else { HolderKind::LongPin };
         let table = &self.0.table;
+        table.provide(&pages).map_err(|why| self.0.hold_error(why))?;
         let run = table.pagemap().begin_run(table.owner(), kind, pages.start, pages.len() as u32, false);
         let run = run.map_err(|why| self.0.hold_error(why))?;
         Ok(DevicePin { device: self.0.clone(), run: Some(run), pages })
@@ -316,7 +320,10 @@ impl Device {
 
     fn hold(&self, kind: HolderKind, pages: &Range<Pfn>) -> Result<Run, DaxError> {
         let map = self.table.pagemap();
-        let run = map.begin_run(self.table.owner(), kind, pages.start, pages.len() as u32, true);
+        let run = self
+            .table
+            .provide(pages)
+            .and_then(|()| map.begin_run(self.table.owner(), kind, pages.start, pages.len() as u32, true));
         run.map_err(|why| self.hold_error(why))
     }
 

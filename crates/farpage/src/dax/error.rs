@@ -216,6 +216,11 @@ pub enum TableError {
     /// Somebody else's: references in it cannot be trusted, and ours cannot be seen by him.
     #[error("it belongs to user {0}: only one user at a time can use a DAX file, and root with him")]
     Foreign(u32),
+    /// Made by a user who does not own the file, which is no table for root: he could change in it what he likes.
+    #[error(
+        "user {0} made it, who does not own the file: it cannot be trusted, so remove it when nobody uses it any more"
+    )]
+    Untrusted(u32),
     /// Made by another version.
     #[error("it was made by another version of farpage, which still uses the file")]
     Version,

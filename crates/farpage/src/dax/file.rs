@@ -22,7 +22,7 @@ use super::users::{Difference, User, bytes};
 use super::{Change, Wait};
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
-use crate::frame::cuts::{Cut, Phase};
+use crate::frame::cuts::{CUTS, Cut, Phase};
 use crate::frame::ledger::HolderKind;
 use crate::pagemap::HoldError;
 use crate::space::pin::Pin;
@@ -90,10 +90,10 @@ pub(super) struct Inner {
     pub options: DaxOptions,
     pub lease: PinLease,
     /// Mappings and pins that were made through this handle.
-    pub holds: AtomicUsize,
+    holds: AtomicUsize,
     closed: AtomicBool,
-    /// The cut of which the owner of long-term pins was told last.
-    revoked: AtomicU64,
+    /// The cut of which the owner of long-term pins was told last, for each place of one.
+    revoked: [AtomicU64; CUTS],
 }
 
 impl std::fmt::Debug for Inner {
@@ -134,7 +134,7 @@ impl Inner {
             lease: PinLease::default(),
             holds: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
-            revoked: AtomicU64::new(0),
+            revoked: [const { AtomicU64::new(0) }; CUTS],
         });
         let mut files = inner.table.files.lock();
         files.retain(|file| file.strong_count() > 0);
@@ -191,10 +191,27 @@ impl Inner {
     }
 
     pub fn check_open(&self) -> Result<(), DaxError> {
-        if self.table.is_ours() && !self.closed.load(Ordering::Acquire) {
+        // SeqCst, with `close`.
+        if self.table.is_ours() && !self.closed.load(Ordering::SeqCst) {
             return Ok(());
         }
         Err(DaxError::Closed { path: self.path.clone() })
+    }
+
+    /// Makes something that [`DaxFile::close`] waits for. Counted first, and then the handle is looked at
+    /// ([`Self::try_take`]): either that sees that it is closed, or who closes sees the count. If it is made, whoever drops
+    /// it calls [`Self::gone`].
+    pub fn counted<T>(&self, make: impl FnOnce() -> Result<T, DaxError>) -> Result<T, DaxError> {
+        // SeqCst, with `close`.
+        self.holds.fetch_add(1, Ordering::SeqCst);
+        make().inspect_err(|_| self.gone())
+    }
+
+    /// One less of those.
+    pub fn gone(&self) {
+        // SeqCst, with `close`: who finds none left finds that its pages are nobody's.
+        self.holds.fetch_sub(1, Ordering::SeqCst);
+        self.table.announce_to_waiters();
     }
 
     /// For what writes to or changes the file.
@@ -255,10 +272,15 @@ impl Inner {
 
     /// A pin for the length of a call.
     pub fn pin_bytes(self: &Arc<Self>, range: &Range<u64>) -> Result<DaxPin, DaxError> {
+        self.pin_part(range, Pin::Short)
+    }
+
+    /// A pin of what a mapping has, or had.
+    pub fn pin_part(self: &Arc<Self>, range: &Range<u64>, pin: Pin) -> Result<DaxPin, DaxError> {
         self.check_open()?;
         let pages = self.pages_of(range);
         // Beyond the end of the file, now or when the pages are pinned: what was there has been cut off.
-        pages.and_then(|pages| DaxPin::new(self, pages, Pin::Short)).map_err(|e| match e {
+        pages.and_then(|pages| DaxPin::new(self, pages, pin)).map_err(|e| match e {
             DaxError::Range { .. } => DaxError::Cut { path: self.path.clone(), range: range.clone() },
             e => e,
         })
@@ -314,7 +336,8 @@ impl Inner {
             let mine = mine.filter(|e| e.kind == HolderKind::LongPin).map(|e| self.table.pages_held(&e));
             let parts = mine.map(|held| held.start.max(cut.pages.start)..held.end.min(cut.pages.end));
             let parts: Vec<Range<Pfn>> = parts.filter(|part| !part.is_empty()).collect();
-            if !parts.is_empty() && self.revoked.swap(cut.id(), Ordering::Relaxed) != cut.id() {
+            // Relaxed: the agent's alone.
+            if !parts.is_empty() && self.revoked[cut.place].swap(cut.id(), Ordering::Relaxed) != cut.id() {
                 parts.iter().for_each(|part| revoke(bytes(part)));
             }
         }
@@ -565,16 +588,19 @@ impl DaxFile {
         if !inner.table.is_ours() {
             return Ok(()); // a forked child: nothing was made through it
         }
-        inner.closed.store(true, Ordering::Release);
+        // SeqCst, before the count: see `counted`.
+        inner.closed.store(true, Ordering::SeqCst);
         let deadline = after(Instant::now(), wait.timeout);
         loop {
             let event = inner.table.event();
-            if inner.holds.load(Ordering::Acquire) == 0 {
+            // SeqCst: with `counted` and `gone`.
+            if inner.holds.load(Ordering::SeqCst) == 0 {
                 return Ok(());
             }
             let interrupted = wait.is_stopped();
             if interrupted || !inner.table.wait(event, deadline) {
-                inner.closed.store(false, Ordering::Release);
+                // SeqCst, as above.
+                inner.closed.store(false, Ordering::SeqCst);
                 let (path, range) = (inner.path.clone(), 0..u64::MAX);
                 let error = if interrupted {
                     DaxError::Interrupted { path, range }

@@ -4,10 +4,15 @@
 //! the lease is given back, at most `/proc/sys/fs/lease-break-time` (45 s); so does a `truncate` by name. It is given
 //! back soon after the last pin, and at once when another farpage process opens the file: that one sees our pins.
 //!
+//! An `open` by the process that has the lease waits like any other's, and it is this process that would have to give the
+//! lease back: while it opens the file, it has none ([`Table::without_leases`]).
+//!
 //! Taking a lease costs more than pinning, so it is kept for a few rounds of the agent ([`super::table::ROUND`]): pins that
 //! follow each other share it, and a stranger waits that much longer.
 
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 
 use super::file::Inner;
 use super::table::Table;
@@ -57,6 +62,7 @@ impl PinLease {
     fn look(&self, file: &Inner, shared: bool) -> bool {
         let mut state = self.0.lock();
         let unused = state.pins == 0;
+        let shared = shared || file.table.is_opening();
         if shared || (unused && state.idle) {
             state.give_back(file);
         } else if !unused {
@@ -71,7 +77,8 @@ impl PinLease {
 impl State {
     /// Takes it if it can be had, which is the system's affair: docs/dax.md says when. True: it is new.
     fn take(&mut self, file: &Inner) -> bool {
-        if self.had || file.table.is_shared() || dax::set_lease(file.fd.as_fd(), Lease::Write).is_err() {
+        let may = !self.had && !file.table.is_shared() && !file.table.is_opening();
+        if !may || dax::set_lease(file.fd.as_fd(), Lease::Write).is_err() {
             return false;
         }
         self.had = true;
@@ -89,11 +96,34 @@ impl State {
     }
 }
 
+/// This process is opening the file: see [`Table::without_leases`].
+pub(super) struct Opening<'t>(&'t Table);
+
 impl Table {
+    /// Has this process give back its leases of the file, and take none while this lives.
+    pub(super) fn without_leases(&self) -> Opening<'_> {
+        // SeqCst, with `is_opening`, which is looked at under the lock of a lease's state: whoever has looked before has taken
+        // his lease when we come to it.
+        self.opening.fetch_add(1, Ordering::SeqCst);
+        for file in self.open_files() {
+            file.lease.0.lock().give_back(&file);
+        }
+        Opening(self)
+    }
+
+    fn is_opening(&self) -> bool {
+        // SeqCst, with `without_leases`.
+        self.opening.load(Ordering::SeqCst) != 0
+    }
+
+    fn open_files(&self) -> Vec<Arc<Inner>> {
+        self.files.lock().iter().filter_map(Weak::upgrade).collect()
+    }
+
     /// For the agent: gives leases back that are in the way of others who use the table, and tells those whose long-term
     /// pins are in the way of a cut. True: it is to look again in a [`super::table::ROUND`].
     pub(super) fn serve_files(&self) -> bool {
-        let files: Vec<_> = self.files.lock().iter().filter_map(std::sync::Weak::upgrade).collect();
+        let files = self.open_files();
         let shared = self.is_shared();
         let mut again = false;
         for file in files {
@@ -101,5 +131,16 @@ impl Table {
             file.revoke();
         }
         again
+    }
+}
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        // SeqCst, with `is_opening`.
+        self.0.opening.fetch_sub(1, Ordering::SeqCst);
+        // Where pages are pinned the agent is to see whether there can be a lease.
+        if self.0.open_files().iter().any(|file| file.lease.0.lock().pins > 0) {
+            self.0.announce();
+        }
     }
 }

@@ -4,8 +4,10 @@
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
+
+use arrayvec::ArrayVec;
 
 use super::change::after;
 use super::error::DaxError;
@@ -17,7 +19,7 @@ use super::touch::{self, Watch, Watched};
 use super::users::bytes;
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
-use crate::frame::cuts::{Cut, Phase};
+use crate::frame::cuts::{CUTS, Cut, Phase};
 use crate::frame::ledger::HolderKind;
 use crate::space::pin::Pin;
 use crate::sys::{self, Mutex, dax};
@@ -68,8 +70,9 @@ pub(super) struct Map {
     addr: usize,
     pages: Range<Pfn>,
     state: Arc<Mutex<Mapped>>,
-    /// Bytes were written by system calls since the last flush.
-    written: AtomicBool,
+    /// Writes by system calls that are done, and how many of those are durable: the blocks that they have allocated.
+    written: AtomicU64,
+    durable: AtomicU64,
     _watched: Watched,
 }
 
@@ -187,9 +190,10 @@ impl Mapped {
             let there =
                 table.cuts().over(&part).is_none() && self.file.pages().is_ok_and(|end| end >= part.end);
             if !there || self.map(&part).is_err() {
-                // A new cut, whose end is another event; or no memory: until the next event then.
+                // A new cut, whose end is another event: its cutter has seen our references, and is told that they are gone.
+                // Or no memory: until the next event then, which must not be one of ours, or we would come here at once.
                 table.give(refs);
-                undone = true;
+                undone |= !there;
                 continue;
             }
             self.parts.push(refs);
@@ -234,9 +238,12 @@ impl Table {
     pub(super) fn serve(&self, event: u32) {
         let mut gave = false;
         let mappings = self.mappings.lock();
-        let cuts: Vec<Cut> = self.cuts().iter().collect();
         for mapping in mappings.iter() {
-            gave |= mapping.lock().serve(self, &cuts);
+            let mut mapping = mapping.lock();
+            // Under its lock. When a cut is over its pages can be pinned, and who pins takes this lock before he uses the address:
+            // either he comes later, and maps again what we take away, or we see that the cut is over.
+            let cuts: ArrayVec<Cut, CUTS> = self.cuts().iter().collect();
+            gave |= mapping.serve(self, &cuts);
         }
         drop(mappings);
         touch::caught_up(self.head().number(), event);
@@ -248,11 +255,16 @@ impl Table {
 
 impl DaxMapping {
     pub(super) fn new(file: &Arc<Inner>, pages: Range<Pfn>) -> Result<Self, DaxError> {
+        file.counted(|| Self::make(file, pages))
+    }
+
+    fn make(file: &Arc<Inner>, pages: Range<Pfn>) -> Result<Self, DaxError> {
         let table = &file.table;
         let len = pages.len() * PAGE_SIZE;
         // Where huge pages can be, the kernel chooses an address that lies to one as the file's offset does. Nobody knows
         // the address yet, so nobody reaches pages through it before they are held.
-        let addr = dax::map_file(file.fd.as_fd(), bytes(&pages).start, len, file.how_to_map());
+        let addr = dax::prepare_nothing()
+            .and_then(|()| dax::map_file(file.fd.as_fd(), bytes(&pages).start, len, file.how_to_map()));
         let addr = addr.map_err(|e| file.failed("map", e))?;
         let unmap = |e| {
             let _gone = sys::unmap(addr, len);
@@ -288,14 +300,19 @@ impl DaxMapping {
                 }
             }
         };
-        file.holds.fetch_add(1, Ordering::Relaxed);
+        // What was announced before the handler's record was there, and served before this mapping was in the list, nobody
+        // will serve for it: a touch would wait for that.
+        if table.event() != watch.event {
+            table.announce();
+        }
         let file = file.clone();
         Ok(Self(Arc::new(Map {
             file,
             addr,
             pages,
             state,
-            written: AtomicBool::new(false),
+            written: AtomicU64::new(0),
+            durable: AtomicU64::new(0),
             _watched: watched,
         })))
     }
@@ -367,27 +384,32 @@ impl DaxMapping {
                 range: range.start.max(end)..range.end,
             });
         }
-        self.0.written.store(true, Ordering::Relaxed);
-        self.0.file.write_all_at(data, range.start)
+        let written = self.0.file.write_all_at(data, range.start);
+        // Also of one that failed a part may be there. Release pairs with the Acquire in `flush`: who counts it, and syncs then,
+        // syncs what it has allocated.
+        self.0.written.fetch_add(1, Ordering::Release);
+        written
     }
 
     /// Makes the bytes of this part of the mapping durable: when it returns they survive a loss of power. On a
     /// `MAP_SYNC` mapping by writing back the CPU's caches, without a system call; elsewhere by `msync`.
     ///
     /// # Errors
-    /// A write that failed; [`DaxError::Range`].
+    /// A write that failed; [`DaxError::Cut`] if some of the pages are gone; [`DaxError::Range`].
     pub fn flush(&self, range: Range<usize>) -> Result<(), DaxError> {
         let part = self.part(range.start, range.len())?;
         if part.is_empty() {
             return Ok(());
         }
         let file = &self.0.file;
-        let _stays = file.pin_bytes(&part)?;
+        let stays = file.pin_bytes(&part)?;
+        // What was cut and is back may not be mapped yet: it is the file that is to be written back.
+        self.0.state.lock().take_back_pinned(&file.table, stays.pages())?;
         let addr = self.0.addr + range.start;
         let direct = matches!(file.access, Access::Direct { map_sync: true });
         if direct && dax::write_back(addr, range.len()) {
             // Where blocks were allocated by a system call, that is not yet durable.
-            return if self.0.written.swap(false, Ordering::Relaxed) { file.sync() } else { Ok(()) };
+            return self.0.sync_written();
         }
         let start = addr / PAGE_SIZE * PAGE_SIZE;
         dax::sync_mapping(start, addr + range.len() - start).map_err(|e| file.failed("write back", e))
@@ -399,12 +421,25 @@ impl DaxMapping {
     /// As [`super::DaxFile::pin`]; [`DaxError::Cut`] if some of the pages are gone.
     pub fn pin(&self, range: Range<usize>, pin: Pin) -> Result<DaxPin, DaxError> {
         let part = self.part(range.start, range.len())?;
-        self.0.file.check_open()?;
-        let pages = self.0.file.pages_of(&part)?;
-        let mut pinned = DaxPin::new(&self.0.file, pages.clone(), pin)?;
-        self.0.state.lock().take_back_pinned(&self.0.file.table, &pages)?;
+        let mut pinned = self.0.file.pin_part(&part, pin)?;
+        self.0.state.lock().take_back_pinned(&self.0.file.table, pinned.pages())?;
         pinned.keep_mapped(self.0.clone(), self.0.addr + range.start);
         Ok(pinned)
+    }
+}
+
+impl Map {
+    /// Makes the blocks durable that writes by system calls have allocated, unless somebody has.
+    fn sync_written(&self) -> Result<(), DaxError> {
+        // Acquire pairs with the Release in `write`.
+        let written = self.written.load(Ordering::Acquire);
+        // Acquire pairs with the Release below: the sync of whoever has counted so far is done.
+        if self.durable.load(Ordering::Acquire) < written {
+            self.file.sync()?;
+            // Only now, and only if it went well. Release: with the load above, in another thread.
+            self.durable.fetch_max(written, Ordering::Release);
+        }
+        Ok(())
     }
 }
 
@@ -419,9 +454,9 @@ impl Drop for Map {
         // Out of reach before the references go.
         let _gone = sys::unmap(self.addr, self.pages.len() * PAGE_SIZE);
         mapped.set_gap(table, false);
-        mapped.parts.drain(..).for_each(|refs| self.file.give_back(refs));
-        self.file.holds.fetch_sub(1, Ordering::Relaxed);
-        table.announce_to_waiters();
+        mapped.parts.drain(..).for_each(|refs| table.give(refs));
+        // Tells those, too, who wait for the pages.
+        self.file.gone();
     }
 }
 

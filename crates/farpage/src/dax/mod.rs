@@ -47,6 +47,8 @@
 mod agent;
 mod append;
 mod change;
+mod copied;
+mod counts;
 mod device;
 mod error;
 mod file;

@@ -19,6 +19,9 @@ use crate::sys::dax;
 /// What is called when somebody wants pages that are pinned for long: with their bytes in the file.
 pub(super) type Revoke = dyn Fn(Range<u64>) + Send + Sync;
 
+/// For so many bytes of a file, and no more, there can be counts.
+const MOST: u64 = 8 << 40;
+
 /// How a file is opened.
 ///
 /// ```
@@ -224,18 +227,23 @@ impl DaxOptions {
             return Err(DaxError::NotAFile { path: path.to_owned() });
         }
         let identity = dax::file_identity(name.as_fd()).map_err(failed("look at"))?;
-        let max = self.max_len.max((stat.st_size as u64).saturating_mul(2));
+        let len = stat.st_size as u64;
+        // Twice its length as far as there can be counts.
+        let max = self.max_len.max(len.saturating_mul(2).min(MOST)).max(len);
         // Such that their frames have numbers, those of huge pages, too.
         let pages = u32::try_from(max.div_ceil(PAGE_SIZE as u64)).ok().filter(|pages| *pages <= 1 << 31);
         let pages = pages.map(|pages| pages.next_multiple_of(TABLE_ALIGN));
-        let pages = pages.ok_or_else(|| DaxError::TooLarge { path: path.to_owned(), max: 8 << 40 })?;
+        let pages = pages.ok_or_else(|| DaxError::TooLarge { path: path.to_owned(), max: MOST })?;
         let table_path = Table::path_of(&self.tables, &identity);
         let table_error = |why| DaxError::Table { path: table_path.clone(), why };
         // A name that means something to others, too.
         let name = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        let table = Table::attach(&table_path, &name, pages, None, false).map_err(table_error)?;
+        let table = Table::attach(&table_path, &name, stat.st_uid, pages, None).map_err(table_error)?;
         let flags = OFlags::CLOEXEC | if self.read_only { OFlags::RDONLY } else { OFlags::RDWR };
-        let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open"))?;
+        let fd = {
+            let _opening = table.without_leases();
+            rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open"))?
+        };
         // The name may be another file's by now.
         if dax::file_identity(fd.as_fd()).map_err(failed("look at"))? != identity {
             return Err(failed("open")(Errno::STALE));

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::change::after;
@@ -53,18 +52,20 @@ impl DaxPin {
             Pin::LongTerm if file.options.revoke.is_some() => HolderKind::LongPin,
             Pin::LongTerm => return Err(DaxError::LongTerm { path: file.path.clone() }),
         };
+        let refs = file.counted(|| Self::take(file, kind, &pages))?;
+        file.lease.pinned(file);
+        Ok(Self { file: file.clone(), refs: Some(refs), pages, mapped: None })
+    }
+
+    fn take(file: &Inner, kind: HolderKind, pages: &Range<Pfn>) -> Result<Refs, DaxError> {
         let mut deadline = None;
         loop {
             let event = file.table.event();
-            match file.try_take(kind, &pages)? {
-                Ok(refs) => {
-                    file.holds.fetch_add(1, Ordering::Relaxed);
-                    file.lease.pinned(file);
-                    return Ok(Self { file: file.clone(), refs: Some(refs), pages, mapped: None });
-                }
+            match file.try_take(kind, pages)? {
+                Ok(refs) => return Ok(refs),
                 Err(_cut) => {
                     let deadline = deadline.get_or_insert_with(|| after(Instant::now(), file.options.wait));
-                    file.wait_for_cut(event, *deadline, &pages)?;
+                    file.wait_for_cut(event, *deadline, pages)?;
                 }
             }
         }
@@ -72,6 +73,10 @@ impl DaxPin {
 
     pub(super) fn keep_mapped(&mut self, map: Arc<Map>, addr: usize) {
         self.mapped = Some((map, addr));
+    }
+
+    pub(super) fn pages(&self) -> &Range<Pfn> {
+        &self.pages
     }
 
     /// Which bytes of the file, whole pages.
@@ -91,9 +96,10 @@ impl Drop for DaxPin {
         if let Some(refs) = self.refs.take()
             && self.file.table.is_ours()
         {
-            self.file.give_back(refs);
+            self.file.table.give(refs);
             self.file.lease.unpinned(&self.file);
-            self.file.holds.fetch_sub(1, Ordering::Relaxed);
+            // Tells those, too, who wait for the pages.
+            self.file.gone();
         }
     }
 }

@@ -35,6 +35,14 @@ impl Refs {
     }
 }
 
+/// The pages that a record of the ledger holds, in a table of `base` pages.
+pub(super) fn pages_held(base: Pfn, e: &Extent) -> Range<Pfn> {
+    match e.pfn.checked_sub(base) {
+        None => e.pfn..e.pfn + e.len,
+        Some(huge) => huge * HUGE..(huge + e.len) * HUGE,
+    }
+}
+
 impl Table {
     /// Takes a reference to each page; the first one of a page allocates it.
     ///
@@ -51,7 +59,10 @@ impl Table {
         };
         let mut refs = Refs { pages: pages.clone(), runs: ArrayVec::new() };
         for part in parts.iter().filter(|part| !part.is_empty()) {
-            match self.pagemap().begin_run(self.owner(), kind, part.start, part.len() as u32, true) {
+            let run = self.provide(part).and_then(|()| {
+                self.pagemap().begin_run(self.owner(), kind, part.start, part.len() as u32, true)
+            });
+            match run {
                 Ok(run) => refs.runs.push(run),
                 Err(e) => {
                     self.give(refs);
@@ -72,17 +83,15 @@ impl Table {
         let frames = &self.pagemap().frames;
         let base = self.frames();
         let huge = base + pages.start / HUGE..base.saturating_add(pages.end.div_ceil(HUGE));
-        frames.first_used(pages.start, pages.end.min(base)).is_some()
-            || (self.has_huge() && frames.first_used(huge.start, huge.end).is_some())
+        let small = || frames.first_used(pages.start, pages.end.min(base)).is_some();
+        // Who holds both pages that go and others may change from one kind of reference to the other meanwhile, where another cut
+        // has him give up a part: he takes the new ones first, so he has some of one kind at any time.
+        small() || (self.has_huge() && (frames.first_used(huge.start, huge.end).is_some() || small()))
     }
 
     /// The pages that a record of the ledger holds.
     pub(super) fn pages_held(&self, e: &Extent) -> Range<Pfn> {
-        let base = self.frames();
-        match e.pfn.checked_sub(base) {
-            None => e.pfn..e.pfn + e.len,
-            Some(huge) => huge * HUGE..(huge + e.len) * HUGE,
-        }
+        pages_held(self.frames(), e)
     }
 
     /// The pages of a frame.

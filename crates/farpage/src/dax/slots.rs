@@ -7,8 +7,11 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::counts::no_memory;
 use super::error::TableError;
+use crate::PAGE_SIZE;
 use crate::frame::{MAX_OWNER, Owner};
+use crate::pagemap::SharedArea;
 
 /// Words of a slot, and their use.
 const SLOT: usize = 16;
@@ -36,11 +39,16 @@ const LIFE_LOCKS: i64 = 1 << 50;
 /// The slots, and the number of the highest that was ever used.
 #[derive(Clone, Copy)]
 pub(super) struct Slots {
-    pub words: &'static [AtomicU32],
-    pub used: &'static AtomicU32,
+    area: SharedArea,
+    words: &'static [AtomicU32],
+    used: &'static AtomicU32,
 }
 
 impl Slots {
+    pub fn new(area: SharedArea, used: &'static AtomicU32) -> Self {
+        Self { area, words: area.atomics32(), used }
+    }
+
     pub fn of(&self, owner: Owner) -> &'static [AtomicU32] {
         &self.words[usize::from(owner) * SLOT..][..SLOT]
     }
@@ -75,18 +83,51 @@ impl Slots {
 
     pub fn all(&self) -> impl Iterator<Item = Owner> + '_ {
         // Acquire pairs with `claim`: a slot that is in use is among them.
-        1..=self.used.load(Ordering::Acquire) as Owner
+        1..=self.used.load(Ordering::Acquire).min(u32::from(MAX_OWNER)) as Owner
+    }
+
+    /// Those who have the file open and are alive: slot, process, command.
+    pub fn living(&self, is_alive: impl Fn(Owner) -> bool) -> Vec<(Owner, u32, String)> {
+        let uses = |owner: &Owner| self.of(*owner)[slot::USER].load(Ordering::Relaxed) != 0;
+        let alive = self.all().filter(|owner| is_alive(*owner)).filter(uses);
+        alive
+            .map(|owner| {
+                let slot = self.of(owner);
+                let command: Vec<u8> = slot[slot::COMMAND..slot::COMMAND + 4]
+                    .iter()
+                    .flat_map(|w| w.load(Ordering::Relaxed).to_ne_bytes())
+                    .take_while(|b| *b != 0)
+                    .collect();
+                let command = String::from_utf8_lossy(&command).into_owned();
+                (owner, slot[slot::PID].load(Ordering::Relaxed), command)
+            })
+            .collect()
     }
 
     pub fn any_alive(&self, is_locked: impl Fn(i64) -> bool) -> bool {
         self.all().any(|owner| self.is_alive(owner, &is_locked))
     }
 
+    /// One that is nobody's, with memory.
+    fn free_one(&self) -> Result<Owner, TableError> {
+        const IN_A_PAGE: Owner = (PAGE_SIZE / (SLOT * 4)) as Owner;
+        for owner in 1..=MAX_OWNER {
+            // Before the first look into a page of them.
+            if owner == 1 || owner.is_multiple_of(IN_A_PAGE) {
+                let page = usize::from(owner / IN_A_PAGE) * PAGE_SIZE;
+                self.area.populate(page, PAGE_SIZE).map_err(no_memory)?;
+            }
+            // One that is forming was left by somebody who died with the lock.
+            if matches!(self.state(owner), 0 | slot::FORMING) {
+                return Ok(owner);
+            }
+        }
+        Err(TableError::Full)
+    }
+
     /// A slot for this process. The file's lock is held: nobody else forms one.
     pub fn claim(&self) -> Result<Owner, TableError> {
-        // One that is forming was left by somebody who died with the lock.
-        let free = |owner: &Owner| matches!(self.state(*owner), 0 | slot::FORMING);
-        let owner = (1..=MAX_OWNER).find(free).ok_or(TableError::Full)?;
+        let owner = self.free_one()?;
         // Before it is in use.
         self.used.fetch_max(u32::from(owner), Ordering::AcqRel);
         let slot = self.of(owner);

@@ -4,6 +4,7 @@
 //! Each process has a [slot](super::slots). When none of a killed one's threads can run any more, whoever waits for
 //! something that it held cleans up after it ([`Table::reap`]); he can be killed himself at that.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering, fence};
@@ -13,17 +14,17 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use super::counts::{Counts, no_memory};
 use super::error::TableError;
 use super::file::Inner;
-use super::heads::{Head, OwnHead};
+use super::heads::{HEAD, Head, MAGIC, OwnHead, word};
 use super::mapping::Mapped;
 use super::refs::frames_of;
 use super::slots::{SLOTS, Slots, slot};
-use crate::PAGE_SIZE;
 use crate::device::memory::DeviceMemory;
-use crate::frame::cuts::{CUTS, Cuts};
+use crate::frame::cuts::Cuts;
 use crate::frame::{Owner, Pfn};
-use crate::pagemap::{DriverId, MemoryType, Pagemap, PagemapOps, Registration};
+use crate::pagemap::{DriverId, HoldError, MemoryType, Pagemap, PagemapOps, Registration};
 use crate::sys::{
     ForkMutex, LifeLock, Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake, is_locked,
     lock_first_byte, unlock_first_byte,
@@ -33,28 +34,6 @@ use crate::sys::{
 pub const DIR: &str = "/dev/shm";
 /// What their names begin with.
 pub const PREFIX: &str = "farpage-dax-";
-
-/// The first page: what a signal handler reads as well.
-pub(super) const HEAD: usize = PAGE_SIZE;
-const MAGIC: u32 = 0xfa5d_0002;
-/// Words of the head.
-mod word {
-    pub const MAGIC: usize = 0;
-    pub const PAGES: usize = 1;
-    /// More than pages if huge pages have frames, too.
-    pub const FRAMES: usize = 9;
-    pub const LOCK: usize = 2;
-    pub const EVENT: usize = 3;
-    pub const SIZE_LOCK: usize = 4;
-    pub const PATH_LEN: usize = 5;
-    pub const WAITERS: usize = 6;
-    pub const GAPS: usize = 7;
-    pub const SLOTS_USED: usize = 8;
-}
-/// The file's name, for people.
-const PATH: std::ops::Range<usize> = 64..1024;
-const STATES: usize = 1024;
-const BOUNDS: usize = STATES + CUTS * 8;
 
 /// Looks at least so often for the dead, who wake nobody.
 pub(super) const ROUND: Duration = Duration::from_millis(20);
@@ -72,6 +51,7 @@ pub struct Table {
     size_lock: RobustLock,
     slots: Slots,
     body: SharedMap,
+    counts: Arc<Counts>,
     pagemap: Pagemap,
     pages: u32,
     owner: Owner,
@@ -80,6 +60,8 @@ pub struct Table {
     pub(super) mappings: Mutex<Vec<Arc<Mutex<Mapped>>>>,
     /// Handles of this process.
     pub(super) files: Mutex<Vec<Weak<Inner>>>,
+    /// Threads of this process that are opening the file.
+    pub(super) opening: AtomicU32,
     agent: OnceLock<std::thread::JoinHandle<()>>,
 }
 
@@ -97,6 +79,26 @@ impl Peers for Immortal {
         true
     }
 }
+
+/// A table that is to be made if there is none.
+struct Make<'a> {
+    /// The file's name.
+    name: &'a Path,
+    /// Whose it is.
+    owner: u32,
+    pages: u32,
+    memory: Option<DeviceMemory>,
+}
+
+impl Make<'_> {
+    /// For who joins only.
+    fn nothing() -> Self {
+        Make { name: Path::new("?"), owner: 0, pages: 0, memory: None }
+    }
+}
+
+/// A table that was joined, and whether its agent runs.
+type Joined = (Arc<Table>, Result<(), Errno>);
 
 /// What the pages of a table need of their pagemap: somebody to clean up after the dead. A file's need nothing when they
 /// become idle: the block stays the file's until that is changed, which waits for just this. A device's have its memory.
@@ -143,7 +145,7 @@ static TABLES: ForkMutex<Vec<(PathBuf, Weak<Table>)>> = ForkMutex::new(Vec::new(
 /// Held while this process opens, locks or closes a table's file. Such a file is locked by [`lock_first_byte`], whose locks
 /// are the process's: a forked child does not keep them, and they end with the process, but also when it closes any
 /// descriptor of the file.
-static FILES: ForkMutex<()> = ForkMutex::new((), || ());
+pub(super) static FILES: ForkMutex<()> = ForkMutex::new((), || ());
 
 impl Table {
     /// The name of the table of the file with this identity ([`crate::sys::dax::file_identity`]).
@@ -153,52 +155,76 @@ impl Table {
 
     /// This process's table of that name: the one it has, or one that it joins or makes, with counts for at least
     /// `pages` pages (of a file: a multiple of [`TABLE_ALIGN`](super::refs::TABLE_ALIGN)) if nobody else uses it yet.
-    /// `file` is its name, for people; `memory`: it is a device. `looks`: only to see who uses it, which makes nobody a
-    /// user.
+    /// `file` is its name, for people, and `owner` whose it is; `memory`: it is a device.
     pub(super) fn attach(
         path: &Path,
         file: &Path,
+        owner: u32,
         pages: u32,
         memory: Option<DeviceMemory>,
-        looks: bool,
     ) -> Result<Arc<Self>, TableError> {
-        let mut tables = TABLES.lock();
-        tables.retain(|(_, table)| table.strong_count() > 0);
-        if let Some(table) = tables.iter().find(|(p, _)| p == path).and_then(|(_, table)| table.upgrade()) {
-            if !looks {
-                table.become_user();
-            }
-            return Ok(table);
-        }
-        let joining = {
-            let _files = FILES.lock();
-            Self::join(path, file, pages, memory)
-        };
-        let (table, started) = joining?;
-        started?;
-        table.reap();
-        if !looks {
-            table.become_user();
-        }
-        tables.push((path.to_owned(), Arc::downgrade(&table)));
+        let make = Make { name: file, owner, pages, memory };
+        // Whoever makes one if there is none has one.
+        let table = Self::find_or_join(path, Some(make))?.ok_or(TableError::Version)?;
         Ok(table)
     }
 
-    fn join(
-        path: &Path,
-        name: &Path,
-        pages: u32,
-        memory: Option<DeviceMemory>,
-    ) -> Result<(Arc<Self>, Result<(), Errno>), TableError> {
-        let file = open_locked(path)?;
+    /// A table, only to see who uses it, which makes nobody a user. `None`: nobody does, or there is none.
+    pub(super) fn look_at(path: &Path) -> Result<Option<Arc<Self>>, TableError> {
+        Self::find_or_join(path, None)
+    }
+
+    fn find_or_join(path: &Path, make: Option<Make<'_>>) -> Result<Option<Arc<Self>>, TableError> {
+        let uses = make.is_some();
+        let mut tables = TABLES.lock();
+        tables.retain(|(_, table)| table.strong_count() > 0);
+        let ours = tables.iter().find(|(p, _)| p == path).and_then(|(_, table)| table.upgrade());
+        let table = match ours {
+            Some(table) => table,
+            None => {
+                let joining = {
+                    let _files = FILES.lock();
+                    Self::join(path, make)
+                };
+                let Some((table, started)) = joining? else { return Ok(None) };
+                started?;
+                table.reap();
+                tables.push((path.to_owned(), Arc::downgrade(&table)));
+                table
+            }
+        };
+        if uses {
+            table.become_user();
+        }
+        Ok(Some(table))
+    }
+
+    fn join(path: &Path, make: Option<Make<'_>>) -> Result<Option<Joined>, TableError> {
+        let Some(file) = open_locked(path, make.as_ref().map(|make| make.owner))? else { return Ok(None) };
         let mut size = rustix::fs::fstat(&file)?.st_size as usize;
         let identity = identity(file.as_fd())?;
         let head = OwnHead::map(file.as_fd())?;
-        if size < HEAD + SLOTS || head.word(word::MAGIC) == 0 || !any_alive(&file, &head)? {
+        if size >= HEAD {
+            head.area().populate(0, HEAD).map_err(no_memory)?;
+        }
+        let fresh = size < HEAD + SLOTS || head.word(word::MAGIC) == 0 || !any_alive(&file, &head)?;
+        let Some(Make { name, pages, memory, .. }) = make.or_else(|| (!fresh).then(Make::nothing)) else {
+            // Left by the dead. We have the lock: nobody can be about to use it.
+            let _gone = rustix::fs::unlink(path);
+            return Ok(None);
+        };
+        // What we have made, and nobody can use, does not stay.
+        let failed = |why: TableError| {
+            fresh.then(|| rustix::fs::unlink(path));
+            why
+        };
+        let failed_for = |e: Errno| failed(no_memory(e).into());
+        if fresh {
             // Nobody's: whatever is in it was left by the dead.
             rustix::fs::ftruncate(&file, 0)?;
             size = HEAD + SLOTS + Pagemap::shared_len(frames_of(pages));
-            rustix::fs::ftruncate(&file, size as u64)?;
+            rustix::fs::ftruncate(&file, size as u64).map_err(failed_for)?;
+            head.area().populate(0, HEAD).map_err(failed_for)?;
             // A device's memory is handed out by the page.
             head.begin(name, pages, if memory.is_some() { pages } else { frames_of(pages) });
         } else if head.word(word::MAGIC) != MAGIC {
@@ -209,7 +235,7 @@ impl Table {
             return Err(TableError::Version);
         }
         let create = head.word(word::MAGIC) == 0;
-        let body = SharedMap::new(&file, HEAD as u64, size - HEAD)?;
+        let body = SharedMap::new(&file, HEAD as u64, size - HEAD).map_err(failed_for)?;
         let table = Arc::new(OnceLock::new());
         let what = Registration {
             id: 0,
@@ -223,11 +249,22 @@ impl Table {
                 table: table.clone(),
             }),
         };
-        let counts = body.area(SLOTS, size - HEAD - SLOTS);
-        let pagemap = Pagemap::register(what, counts, create).map_err(|_| TableError::Version)?;
+        let area = body.area(SLOTS, size - HEAD - SLOTS);
+        let slots = Slots::new(body.area(0, SLOTS), &head.words()[word::SLOTS_USED]);
+        let ready = slots.claim().and_then(|owner| {
+            let counts = Counts::new(area, file.as_fd(), identity, (HEAD + SLOTS) as u64, frames);
+            Pagemap::shared_parts(owner).iter().try_for_each(|part| counts.provide_bytes(part))?;
+            let pagemap = Pagemap::register(what, area, create).map_err(|_| TableError::Version)?;
+            Ok((owner, counts, pagemap))
+        });
+        let (owner, counts, mut pagemap) = ready.map_err(|e| {
+            body.unmap();
+            failed(e)
+        })?;
+        let counts = Arc::new(counts);
+        let there = counts.clone();
+        pagemap.frames.look_only_at(move |frames| there.next(frames));
         head.publish();
-        let slots = Slots { words: body.area(0, SLOTS).atomics32(), used: &head.words()[word::SLOTS_USED] };
-        let owner = slots.claim()?;
         let joined = Arc::new(Self {
             path: path.to_owned(),
             file: Some(file),
@@ -238,12 +275,14 @@ impl Table {
             head,
             slots,
             body,
+            counts,
             pagemap,
             pages,
             owner,
             pid: std::process::id(),
             mappings: Mutex::new(Vec::new()),
             files: Mutex::new(Vec::new()),
+            opening: AtomicU32::new(0),
             agent: OnceLock::new(),
         });
         let _first = table.set(Arc::downgrade(&joined));
@@ -257,7 +296,7 @@ impl Table {
         // Only now, because it closes a descriptor. Until it is there our life sign alone says that we live, which is enough
         // for one who has nothing yet.
         let started = started.and_then(|()| joined.hold_life());
-        Ok((joined, started))
+        Ok(Some((joined, started)))
     }
 
     /// The lock that stays until no thread of ours can run. [`FILES`] is held.
@@ -301,6 +340,14 @@ impl Table {
         if self.slots.of(self.owner)[slot::USER].swap(1, Ordering::SeqCst) == 0 {
             self.announce();
         }
+    }
+
+    /// Sees to it that the counts of these frames have memory, before they are used.
+    ///
+    /// # Errors
+    /// [`HoldError::Memory`].
+    pub(super) fn provide(&self, frames: &Range<Pfn>) -> Result<(), HoldError> {
+        self.counts.provide(frames).map_err(HoldError::Memory)
     }
 
     /// The counts.
@@ -415,20 +462,7 @@ impl Table {
 
     /// Those who have the file open: slot, process, command.
     pub(super) fn living(&self) -> Vec<(Owner, u32, String)> {
-        let uses = |owner: &Owner| self.slots.of(*owner)[slot::USER].load(Ordering::Relaxed) != 0;
-        let alive = self.slots.all().filter(|owner| self.is_alive(*owner)).filter(uses);
-        alive
-            .map(|owner| {
-                let slot = self.slots.of(owner);
-                let command: Vec<u8> = slot[slot::COMMAND..slot::COMMAND + 4]
-                    .iter()
-                    .flat_map(|w| w.load(Ordering::Relaxed).to_ne_bytes())
-                    .take_while(|b| *b != 0)
-                    .collect();
-                let command = String::from_utf8_lossy(&command).into_owned();
-                (owner, slot[slot::PID].load(Ordering::Relaxed), command)
-            })
-            .collect()
+        self.slots.living(|owner| self.is_alive(owner))
     }
 
     /// Whether another process has the file open.
@@ -505,18 +539,27 @@ impl Drop for Table {
 const OPEN: OFlags = OFlags::RDWR.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// Device and inode.
-fn identity(file: BorrowedFd<'_>) -> Result<(u64, u64), Errno> {
+pub(super) fn identity(file: BorrowedFd<'_>) -> Result<(u64, u64), Errno> {
     rustix::fs::fstat(file).map(|stat| (stat.st_dev, stat.st_ino))
 }
 
-/// The table's file, with its lock, and still under its name.
-fn open_locked(path: &Path) -> Result<OwnedFd, TableError> {
+/// The table's file, with its lock, and still under its name; made if it is not there, for who uses the file of user
+/// `file_owner`. `None`: it is not there, for who only looks.
+fn open_locked(path: &Path, file_owner: Option<u32>) -> Result<Option<OwnedFd>, TableError> {
     let me = rustix::process::geteuid();
-    let foreign = |uid: u32| uid != me.as_raw() && uid != 0 && !me.is_root();
+    // Root can open them all, but whoever made one can write into it and cut it off. So it trusts in a table him who can
+    // do that to the file itself.
+    let trust = |uid: u32| match () {
+        () if uid == me.as_raw() || uid == 0 => Ok(()),
+        () if !me.is_root() => Err(TableError::Foreign(uid)),
+        () if file_owner == Some(uid) => Ok(()),
+        () => Err(TableError::Untrusted(uid)),
+    };
     loop {
         // With O_CREAT the kernel may refuse another's file in a directory of all (fs.protected_regular), root, too.
         let create = OPEN | OFlags::CREATE | OFlags::EXCL;
         let file = match rustix::fs::open(path, OPEN, Mode::empty()) {
+            Err(Errno::NOENT) if file_owner.is_none() => return Ok(None),
             Err(Errno::NOENT) => match rustix::fs::open(path, create, Mode::RUSR | Mode::WUSR) {
                 Err(Errno::EXIST) => continue, // another was quicker
                 file => file?,
@@ -527,14 +570,11 @@ fn open_locked(path: &Path) -> Result<OwnedFd, TableError> {
             }
             file => file?,
         };
-        let stat = rustix::fs::fstat(&file)?;
-        if foreign(stat.st_uid) {
-            return Err(TableError::Foreign(stat.st_uid));
-        }
+        trust(rustix::fs::fstat(&file)?.st_uid)?;
         lock_first_byte(file.as_fd())?;
         // The last user may have removed it while we waited.
         if rustix::fs::fstat(&file)?.st_nlink > 0 {
-            return Ok(file);
+            return Ok(Some(file));
         }
     }
 }
@@ -542,50 +582,8 @@ fn open_locked(path: &Path) -> Result<OwnedFd, TableError> {
 /// Whether some process that has a slot is alive.
 fn any_alive(file: &OwnedFd, head: &Head) -> Result<bool, Errno> {
     let map = SharedMap::new(file, HEAD as u64, SLOTS)?;
-    let slots = Slots { words: map.area(0, SLOTS).atomics32(), used: &head.words()[word::SLOTS_USED] };
+    let slots = Slots::new(map.area(0, SLOTS), &head.words()[word::SLOTS_USED]);
     let alive = slots.any_alive(|byte| is_locked(file.as_fd(), byte).unwrap_or(true));
     map.unmap();
     Ok(alive)
-}
-
-/// The parts of a head.
-impl Head {
-    fn word(&self, i: usize) -> u32 {
-        self.words()[i].load(Ordering::Acquire)
-    }
-
-    fn begin(&self, file: &Path, pages: u32, frames: u32) {
-        use std::os::unix::ffi::OsStrExt;
-        let name = file.as_os_str().as_bytes();
-        let name = &name[..name.len().min(PATH.len())];
-        self.area().write(PATH.start, name);
-        self.words()[word::PATH_LEN].store(name.len() as u32, Ordering::Relaxed);
-        self.words()[word::PAGES].store(pages, Ordering::Relaxed);
-        self.words()[word::FRAMES].store(frames, Ordering::Relaxed);
-    }
-
-    /// All is in place.
-    fn publish(&self) {
-        self.words()[word::MAGIC].store(MAGIC, Ordering::Release);
-    }
-
-    /// The file's name, as whoever made the table knew it.
-    pub(super) fn file_name(&self) -> PathBuf {
-        use std::os::unix::ffi::OsStringExt;
-        let len = self.word(word::PATH_LEN) as usize;
-        let mut name = vec![0; len.min(PATH.len())];
-        self.area().read(PATH.start, &mut name);
-        std::ffi::OsString::from_vec(name).into()
-    }
-
-    /// The cuts under way.
-    pub(super) fn cuts(&self) -> Cuts {
-        let words = self.area().atomics64();
-        Cuts::new(&words[STATES / 8..], &words[BOUNDS / 8..])
-    }
-
-    /// See [`Table::announce`].
-    pub(super) fn event(&self) -> &'static AtomicU32 {
-        &self.words()[word::EVENT]
-    }
 }

@@ -3,8 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::copied::Copied;
 use super::error::TableError;
-use super::refs::TABLE_ALIGN;
 use super::table::{DIR, PREFIX, Table};
 use super::users::{Difference, User};
 use crate::frame::Pfn;
@@ -20,7 +20,7 @@ pub struct TableInfo {
     pub file: PathBuf,
     /// Who has it open, and what he holds of it.
     pub users: Vec<User>,
-    /// Counts that differ from the references that are recorded.
+    /// Counts that differ from the references that are recorded. (Root does not look at the counts of other users.)
     pub differences: Vec<Difference>,
 }
 
@@ -77,10 +77,13 @@ pub fn tables_in(dir: &Path) -> io::Result<Vec<Result<TableInfo, (PathBuf, Table
 
 /// `None`: nobody uses it, or it has just gone.
 fn look(path: &Path) -> Result<Option<TableInfo>, TableError> {
-    if !path.exists() {
-        return Ok(None);
-    }
-    let table = Table::attach(path, Path::new("?"), TABLE_ALIGN, None, true)?;
+    let table = match Table::look_at(path) {
+        Ok(Some(table)) => table,
+        Ok(None) => return Ok(None),
+        // Nobody else can open it, and to join it would be to trust it.
+        Err(TableError::Untrusted(_)) => return look_at_copy(path),
+        Err(e) => return Err(e),
+    };
     table.reap();
     let users = table.users(&(0..Pfn::MAX));
     if users.is_empty() {
@@ -88,4 +91,30 @@ fn look(path: &Path) -> Result<Option<TableInfo>, TableError> {
     }
     let differences = table.differences();
     Ok(Some(TableInfo { table: path.to_owned(), file: table.head().file_name(), users, differences }))
+}
+
+fn look_at_copy(path: &Path) -> Result<Option<TableInfo>, TableError> {
+    let Some(copy) = Copied::of(path)? else { return Ok(None) };
+    let (file, users) = copy.says();
+    let differences = Vec::new();
+    Ok((!users.is_empty()).then(|| TableInfo { table: path.to_owned(), file, users, differences }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_looks_makes_no_table() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("farpage-dax-0");
+        assert!(look(&path).unwrap().is_none());
+        assert!(!path.exists());
+        // What the dead left goes.
+        for len in [0, 100, 1 << 20] {
+            std::fs::write(&path, vec![0; len]).unwrap();
+            assert!(look(&path).unwrap().is_none());
+            assert!(!path.exists());
+        }
+    }
 }

@@ -89,6 +89,29 @@ fn overlap(held: &Range<Pfn>, pages: &Range<Pfn>) -> Option<Range<Pfn>> {
     (!part.is_empty()).then_some(part)
 }
 
+/// These processes, with what they hold of these pages: neighbours of one kind as one.
+pub(super) fn users_of(
+    mut held: Vec<(Owner, HolderKind, Range<Pfn>)>,
+    living: Vec<(Owner, u32, String)>,
+    pages: &Range<Pfn>,
+) -> Vec<User> {
+    let mut holds: HashMap<Owner, Vec<Holding>> = HashMap::new();
+    held.sort_by_key(|(owner, kind, pages)| (*owner, *kind, pages.start));
+    for (owner, kind, held) in held {
+        let Some(part) = overlap(&held, pages) else { continue };
+        let range = bytes(&part);
+        let of_owner = holds.entry(owner).or_default();
+        match of_owner.last_mut() {
+            Some(last) if last.kind == kind && last.range.end == range.start => last.range.end = range.end,
+            _ => of_owner.push(Holding { kind, range }),
+        }
+    }
+    living
+        .into_iter()
+        .map(|(owner, pid, command)| User { pid, command, holds: holds.remove(&owner).unwrap_or_default() })
+        .collect()
+}
+
 impl Table {
     /// Those who hold some of these pages.
     pub(super) fn holders_of(&self, pages: &Range<Pfn>) -> Vec<User> {
@@ -103,31 +126,10 @@ impl Table {
         named.map(|(_, pid, command)| User { pid, command, holds: Vec::new() }).collect()
     }
 
-    /// All who have the file open, with what they hold of these pages: neighbours of one kind as one.
+    /// All who have the file open, with what they hold of these pages.
     pub(super) fn users(&self, pages: &Range<Pfn>) -> Vec<User> {
-        let mut holds: HashMap<Owner, Vec<Holding>> = HashMap::new();
         let held = self.pagemap().ledger.iter().map(|(_, e)| (e.owner, e.kind, self.pages_held(&e)));
-        let mut held: Vec<(Owner, HolderKind, Range<Pfn>)> = held.collect();
-        held.sort_by_key(|(owner, kind, pages)| (*owner, *kind, pages.start));
-        for (owner, kind, held) in held {
-            let Some(part) = overlap(&held, pages) else { continue };
-            let range = bytes(&part);
-            let of_owner = holds.entry(owner).or_default();
-            match of_owner.last_mut() {
-                Some(last) if last.kind == kind && last.range.end == range.start => {
-                    last.range.end = range.end
-                }
-                _ => of_owner.push(Holding { kind, range }),
-            }
-        }
-        let named = self.living().into_iter();
-        named
-            .map(|(owner, pid, command)| User {
-                pid,
-                command,
-                holds: holds.remove(&owner).unwrap_or_default(),
-            })
-            .collect()
+        users_of(held.collect(), self.living(), pages)
     }
 
     /// Whether some page of these is pinned, by the ledger.

@@ -26,7 +26,7 @@ impl FrameTable {
         // Acquire: frames beyond the mark were never in use. Who raises it for a frame takes a reference afterwards, and
         // looks for signs after that.
         let used = u32::try_from(self.groups_used() * 64).unwrap_or(u32::MAX);
-        (start..end.min(used)).find(|pfn| self.word(*pfn).load(Ordering::SeqCst) != 0)
+        self.runs(start, end.min(used)).flatten().find(|pfn| self.word(*pfn).load(Ordering::SeqCst) != 0)
     }
 
     /// The word of each frame that may ever have been in use, in the order of frame numbers. Each is read for

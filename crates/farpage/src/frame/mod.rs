@@ -131,7 +131,12 @@ pub struct FrameTable {
     high: &'static AtomicU32,
     /// The groups of 64 frames (from, to) that belong to this table; the others are nobody's and stay at 0.
     groups: Box<[(usize, usize)]>,
+    /// See [`Self::look_only_at`].
+    looks_at: Option<Box<LooksAt>>,
 }
+
+/// The first run of frames within these whose counts have memory.
+type LooksAt = dyn Fn(Range<Pfn>) -> Option<Range<Pfn>> + Send + Sync;
 
 impl FrameTable {
     /// Bytes of shared memory that a table of `frames` frames needs; see [`FrameTable::new`].
@@ -152,7 +157,8 @@ impl FrameTable {
         assert!(hints.len() * 64 >= words.len() && words.len().is_multiple_of(64));
         let hints = &hints[..words.len().div_ceil(64)];
         let frames = words.len();
-        Self { words, frames, hints, cursor, waiters, high, groups: Box::from([(0, hints.len())]) }
+        let groups = Box::from([(0, hints.len())]);
+        Self { words, frames, hints, cursor, waiters, high, groups, looks_at: None }
     }
 
     /// The same table with no frames but those of `ranges`, which begin and end at multiples of 64 or at the table's end.
@@ -161,6 +167,26 @@ impl FrameTable {
         let groups = |r: &Range<Pfn>| (r.start as usize / 64, (r.end as usize).div_ceil(64));
         let end = ranges.iter().map(|r| r.end as usize).max().unwrap_or(0);
         Self { groups: ranges.iter().map(groups).collect(), frames: end.min(self.frames), ..self }
+    }
+
+    /// Who looks at the counts of many frames looks at those only that have memory, as `next` says: even a look at one
+    /// that has none would take some. Frames without were never in use. Runs are of whole groups of 64.
+    pub fn look_only_at(&mut self, next: impl Fn(Range<Pfn>) -> Option<Range<Pfn>> + Send + Sync + 'static) {
+        self.looks_at = Some(Box::new(next));
+    }
+
+    /// The runs of frames within `[start, end)` to look at.
+    fn runs(&self, start: Pfn, end: Pfn) -> impl Iterator<Item = Range<Pfn>> + '_ {
+        let mut from = start;
+        std::iter::from_fn(move || {
+            let left = Some(from..end).filter(|left| !left.is_empty())?;
+            let run = match &self.looks_at {
+                None => left,
+                Some(next) => next(left)?,
+            };
+            from = run.end;
+            Some(run)
+        })
     }
 
     fn has_group(&self, group: usize) -> bool {
@@ -425,7 +451,9 @@ impl FrameTable {
     /// Corrects the hints of free frames, before saying "full": a process that died between freeing a frame and
     /// marking it loses a hint, never a frame.
     pub fn format(&self) {
-        for (group, hint) in self.hints.iter().enumerate().take(self.groups_used()) {
+        let groups = |run: Range<Pfn>| run.start as usize / 64..(run.end as usize).div_ceil(64);
+        for group in self.runs(0, self.end_used()).flat_map(groups) {
+            let hint = &self.hints[group];
             let mut free = 0;
             for pfn in group * 64..(group * 64 + 64).min(self.frames) {
                 // Acquire: what `alloc` finds by this bit it finds to be 0.
@@ -442,9 +470,13 @@ impl FrameTable {
         (self.high.load(Ordering::Acquire) as usize).min(self.hints.len())
     }
 
+    /// Frames from this one on were never in use.
+    pub fn end_used(&self) -> Pfn {
+        (self.groups_used() * 64).min(self.frames) as Pfn
+    }
+
     fn words_used(&self) -> impl Iterator<Item = (Pfn, &AtomicU32)> {
-        let used = (self.groups_used() * 64).min(self.frames);
-        (0..used as Pfn).map(|pfn| (pfn, self.word(pfn)))
+        self.runs(0, self.end_used()).flatten().map(|pfn| (pfn, self.word(pfn)))
     }
 
     /// The frames on which `owner`, who is dead, was in transit, for [`Self::recover`].

@@ -67,6 +67,11 @@ pub enum HoldError {
     /// The ledger has no room for one more record.
     #[error("too many mappings and pins of this memory")]
     TooMany,
+    /// The counts of these pages have no memory yet, and there is none.
+    #[error(
+        "there is no memory for the reference counts of more pages ({0}): is /dev/shm, or where they are, full?"
+    )]
+    Memory(rustix::io::Errno),
     /// Page entries are not kept in a ledger.
     #[error("a {0} does not hold frames by a record")]
     Kind(HolderKind),

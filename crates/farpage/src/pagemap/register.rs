@@ -150,6 +150,20 @@ impl Pagemap {
         HEAD + SLOTS + LEDGER + FrameTable::shared_len(frames as usize)
     }
 
+    /// Where things lie in an area of so many frames' counts: what all who use it touch, process slot `owner` among them.
+    pub(crate) fn shared_parts(owner: Owner) -> [Range<usize>; 3] {
+        let slot = HEAD + usize::from(owner) * STRIDE * 4;
+        [0..HEAD, slot..slot + STRIDE * 4, HEAD + SLOTS..HEAD + SLOTS + LEDGER]
+    }
+
+    /// … and the counts of these frames, with their hints: whole groups of 64.
+    pub(crate) fn counts_parts(frames: u32, which: &Range<Pfn>) -> [Range<usize>; 2] {
+        let words = HEAD + SLOTS + LEDGER;
+        let hints = words + (frames as usize).next_multiple_of(64) * 4;
+        let (from, to) = (which.start as usize / 64, (which.end as usize).div_ceil(64));
+        [words + from * 256..words + to * 256, hints + from * 8..hints + to * 8]
+    }
+
     /// Registers a device's frames; every count is 0, of every type. `area` is shared memory of
     /// [`Pagemap::shared_len`] bytes of the device's highest frame. `create`: the memory is registered for all
     /// processes; otherwise this process joins what another has registered with the same `what`.

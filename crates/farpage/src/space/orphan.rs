@@ -37,8 +37,8 @@ impl Orphan {
     }
 
     /// Puts a page in place, or poison for `None`. Announcements that come first are read; a grandchild is returned.
-    fn give(&mut self, at: usize, page: Option<&Page>, grandchildren: &mut Vec<Orphan>) {
-        while let Some(at) = self.place(at) {
+    fn give(&mut self, page_at: usize, page: Option<&Page>, grandchildren: &mut Vec<Orphan>) {
+        while let Some(at) = self.place(page_at) {
             let stop = match page {
                 Some(page) => self.uffd.copy(at, page.0.as_ptr() as usize, PAGE_SIZE).1,
                 None => self.uffd.poison(at, PAGE_SIZE).err(),
@@ -47,7 +47,7 @@ impl Orphan {
                 Some(Stop::Again) => self.hear(grandchildren),
                 // Done; or the page is there, or its mapping is gone.
                 None | Some(Stop::Exists | Stop::Gone) => return,
-                Some(_) if page.is_some() => return self.give(at, None, grandchildren),
+                Some(_) if page.is_some() => return self.give(page_at, None, grandchildren),
                 // It waits there until we let go of its userfaultfd, and then reads zeros: that has to be known.
                 Some(why) => {
                     return crate::sys::say(&format!(

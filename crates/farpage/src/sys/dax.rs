@@ -2,7 +2,8 @@
 //! CPU's caches, leases.
 
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 
 use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
@@ -131,14 +132,31 @@ pub fn map_file_at(fd: BorrowedFd<'_>, offset: u64, addr: usize, len: usize, how
     super::remap(made, len, len, Some(addr)).map(drop).inspect_err(|_| _ = super::unmap(made, len))
 }
 
+/// An empty file. One for all, and for ever: who is to give a mapping up may have no descriptor left.
+fn nothing() -> Result<BorrowedFd<'static>, Errno> {
+    static NOTHING: OnceLock<OwnedFd> = OnceLock::new();
+    if let Some(nothing) = NOTHING.get() {
+        return Ok(nothing.as_fd());
+    }
+    let made = rustix::fs::memfd_create("farpage-nothing", MemfdFlags::CLOEXEC)?;
+    Ok(NOTHING.get_or_init(|| made).as_fd())
+}
+
+/// Sees to it that [`map_nothing_at`] needs no descriptor. For who is about to map something.
+///
+/// # Errors
+/// There is none now.
+pub fn prepare_nothing() -> Result<(), Errno> {
+    nothing().map(drop)
+}
+
 /// Puts memory in place of what is mapped in the range that raises SIGBUS when it is touched, as pages beyond the end of
 /// a file do: those of an empty file.
 ///
 /// # Errors
-/// No descriptor, no memory; the range is then what it was.
+/// No memory; the range is then what it was.
 pub fn map_nothing_at(addr: usize, len: usize) -> Result<(), Errno> {
-    let empty = rustix::fs::memfd_create("farpage-nothing", MemfdFlags::CLOEXEC)?;
-    map_file_at(empty.as_fd(), 0, addr, len, How { write: true, sync: false })
+    map_file_at(nothing()?, 0, addr, len, How { write: true, sync: false })
 }
 
 /// Makes what this CPU and others wrote in `[addr, addr + len)` of a MAP_SYNC mapping durable: writes the lines back and

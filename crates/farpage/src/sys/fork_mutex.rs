@@ -13,8 +13,8 @@ pub struct ForkMutex<T> {
     fresh: fn() -> T,
 }
 
-/// The value is just being made anew.
-const RENEWING: u32 = u32::MAX;
+/// The value is just being made anew, by a thread of the process whose number this goes with.
+const RENEWING: u32 = 1 << 31;
 
 impl<T> ForkMutex<T> {
     /// A lock around a value, and how a child's is made.
@@ -31,16 +31,20 @@ impl<T> ForkMutex<T> {
             if owner == me {
                 return self.inner.lock();
             }
-            if owner == RENEWING {
+            if owner == me | RENEWING {
                 yield_now();
                 continue;
             }
-            if self.owner.compare_exchange(owner, RENEWING, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+            // Another process's, also one that was at it when we were forked. Acquire: after what that did.
+            let mine =
+                self.owner.compare_exchange(owner, me | RENEWING, Ordering::Acquire, Ordering::Relaxed);
+            if mine.is_ok() {
                 if owner != 0 {
                     // SAFETY: the lock and whoever holds it are the parent's; threads of this process come here first, and
                     // only one of them has got past the exchange.
                     unsafe { self.inner.renew((self.fresh)()) };
                 }
+                // Release pairs with the Acquire above.
                 self.owner.store(me, Ordering::Release);
             }
         }
@@ -52,6 +56,16 @@ mod tests {
     use super::*;
 
     static LOCK: ForkMutex<Vec<u32>> = ForkMutex::new(Vec::new(), Vec::new);
+
+    /// A child that is forked while a thread of its parent is making the value anew.
+    #[test]
+    fn what_a_parent_was_making_is_made_anew() {
+        static LOCK: ForkMutex<Vec<u32>> = ForkMutex::new(Vec::new(), || vec![1]);
+        let parent = std::os::unix::process::parent_id();
+        LOCK.owner.store(parent | RENEWING, Ordering::Relaxed);
+        assert_eq!(*LOCK.lock(), [1]);
+        assert_eq!(LOCK.owner.load(Ordering::Relaxed), pid());
+    }
 
     #[test]
     fn a_child_begins_anew() {
