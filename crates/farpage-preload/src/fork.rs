@@ -38,10 +38,10 @@ extern "C" fn child() {
     let (Some(space), Some(forking)) = (init::inherited(), forking) else { return };
     // SAFETY: as above.
     unsafe { arena::renew() };
-    if let Err(e) = space.after_fork_in_child(forking) {
-        farpage::sys::fatal(&format!("a forked child cannot be managed: {e}"));
+    match space.after_fork_in_child(forking) {
+        Ok(_life) => init::start_threads(space),
+        Err(e) => farpage::sys::fatal(&format!("a forked child cannot be managed: {e}")),
     }
-    init::start_threads(space);
 }
 
 type Handler = Option<unsafe extern "C" fn()>;

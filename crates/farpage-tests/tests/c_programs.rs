@@ -7,7 +7,21 @@ use farpage_tests::{Expect, Job, Test, program, run_both, suite};
 
 /// Program, case, expectation. Each works on 64 MiB (`programs/common.h`) within 16 MiB.
 const CASES: &[(&str, &[&str])] = &[
-    ("fork", &["snapshot", "modify", "storm", "killed", "execs", "thread", "orphan", "advice", "workers"]),
+    (
+        "fork",
+        &[
+            "snapshot",
+            "modify",
+            "storm",
+            "killed",
+            "execs",
+            "thread",
+            "orphan",
+            "advice",
+            "workers",
+            "exec-at-once",
+        ],
+    ),
     (
         "syscalls",
         &["files", "small", "sockets", "procmem", "futex", "stacks", "altstack", "uring", "uring-fixed"],

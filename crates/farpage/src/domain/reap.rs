@@ -7,7 +7,7 @@ use rustix::fs::FallocateFlags;
 
 use super::layout::{self, WINDOW};
 use super::slot::state;
-use super::{Audit, Config, Counter, Domain, DomainError, Stats};
+use super::{Audit, Config, Counter, Domain, DomainError, Slot, Stats};
 use crate::frame::{Owner, Pfn};
 use crate::sys::SharedMap;
 
@@ -57,13 +57,9 @@ impl Reaper<'_> {
         let mut n = 0;
         for (owner, slot) in self.domain.slots() {
             let gone = match slot.state.load(Ordering::Acquire) {
-                state::LIVE => slot.is_dead(),
-                // It has not raised its life sign; it may have died before it could.
-                state::FORMING if owner != self.me => match slot.pid.load(Ordering::Acquire) {
-                    // Prepared by a parent for the child that he is about to fork; it says its number at once.
-                    0 => ended,
-                    pid => !process_exists(pid),
-                },
+                // Prepared by a parent for the child that he is about to fork; it has a life sign at once.
+                state::FORMING if slot.pid.load(Ordering::Acquire) == 0 && !slot.is_dead() => ended,
+                state::LIVE | state::FORMING => owner != self.me && has_ended(slot),
                 _ => false,
             };
             if gone {
@@ -120,8 +116,8 @@ impl Launcher {
         let seen = epoch.load(Ordering::Acquire);
         let mut waits = vec![(epoch, seen)];
         for (_, slot) in self.domain.slots() {
-            if slot.state.load(Ordering::Acquire) == state::LIVE {
-                let life = slot.life.load(Ordering::Acquire);
+            let life = slot.life.load(Ordering::Acquire);
+            if life != 0 && matches!(slot.state.load(Ordering::Acquire), state::LIVE | state::FORMING) {
                 if slot.is_dead() {
                     return;
                 }
@@ -244,6 +240,16 @@ impl Reaper<'_> {
     }
 }
 
+/// Whether the process in this slot has ended, or begun another program: for the launcher, in whose namespace numbers are meant.
+fn has_ended(slot: &Slot) -> bool {
+    match (slot.state.load(Ordering::Acquire), slot.pid.load(Ordering::Acquire)) {
+        // A forked child has a life sign before it says its number: a number means nothing in another namespace, and it stays the
+        // same when the process begins another program.
+        (state::FORMING, pid) if pid != 0 && slot.life.load(Ordering::Acquire) == 0 => !process_exists(pid),
+        _ => slot.is_dead(),
+    }
+}
+
 /// Whether a process exists and is not a zombie.
 fn process_exists(pid: u32) -> bool {
     match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
@@ -252,5 +258,42 @@ fn process_exists(pid: u32) -> bool {
             Some('Z' | 'X') | None
         ),
         Err(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::FUTEX_OWNER_DIED;
+
+    /// The number of a process that does not exist.
+    const NOBODY: u32 = u32::MAX >> 1;
+
+    fn launcher() -> Launcher {
+        let config = Config {
+            dram: 1 << 20,
+            min_size: 1 << 20,
+            strict: false,
+            verbose: false,
+            recycle: false,
+            max_pinned: None,
+            devices: vec!["ram:1M".parse().unwrap()],
+        };
+        Launcher::create(&config).unwrap()
+    }
+
+    #[test]
+    fn a_childs_number_says_nothing_while_its_life_sign_does() {
+        let launcher = launcher();
+        let domain = Domain::attach(&launcher.env_value()).unwrap();
+        // Numbers of another namespace may exist here or not.
+        for number in [NOBODY, std::process::id()] {
+            let slot = domain.slot(domain.take_slot(number).unwrap());
+            slot.life.store(1, Ordering::SeqCst);
+            assert_eq!((launcher.reap(), slot.state.load(Ordering::SeqCst)), (0, state::FORMING), "it lives");
+            slot.life.fetch_or(FUTEX_OWNER_DIED, Ordering::SeqCst);
+            assert_eq!((launcher.reap(), slot.state.load(Ordering::SeqCst)), (1, state::FREE));
+            assert_eq!(slot.life.load(Ordering::SeqCst), 0);
+        }
     }
 }

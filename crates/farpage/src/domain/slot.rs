@@ -3,21 +3,19 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::layout::SLOT_SIZE;
+use crate::sys::FUTEX_OWNER_DIED;
 
 /// State of a slot.
 pub mod state {
     /// Nobody's.
     pub const FREE: u32 = 0;
-    /// Taken by a process that has not raised its life sign yet.
+    /// Taken by a process whose worker has not raised its life sign yet.
     pub const FORMING: u32 = 1;
     /// Its process has a life sign.
     pub const LIVE: u32 = 2;
     /// Somebody gives back what it held.
     pub const REAPING: u32 = 3;
 }
-
-/// The kernel's mark in a robust futex whose owner died (`linux/futex.h`).
-const FUTEX_OWNER_DIED: u32 = 0x4000_0000;
 
 /// Counters of one process; the domain's statistics are their sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,8 +51,8 @@ pub struct Slot {
     pub state: AtomicU32,
     /// The process.
     pub pid: AtomicU32,
-    /// A robust futex that the process's agent thread owns: the kernel marks it when the address space ends, by
-    /// death or by `exec`.
+    /// A robust futex that the process's worker owns (in a child that was just forked: its only thread): the kernel marks it
+    /// when the address space ends, by death or by `exec`. 0: nobody owns it yet.
     pub life: AtomicU32,
     /// Its reclaim worker sleeps on this: bumped when there is something to do.
     pub work: AtomicU32,

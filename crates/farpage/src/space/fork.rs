@@ -16,10 +16,12 @@ use crate::domain::{Counter, DomainError, state};
 use crate::fault::Change;
 use crate::frame::Owner;
 use crate::sys::uffd::Uffd;
-use crate::sys::{BlockedSignals, SharedMap, Write};
+use crate::sys::{BlockedSignals, LentLife, SharedMap, Write};
 
 /// Milliseconds that a fork waits for room for the child, while none is gained.
 const ROOM_MS: u64 = 2000;
+/// Milliseconds within which a new process's worker has run, or the process goes on without.
+const LIVE_MS: u64 = 10_000;
 
 /// A fork in progress, with the world held.
 pub struct Forking {
@@ -126,15 +128,18 @@ impl Space {
         self.faults.nudge();
     }
 
-    /// After the fork, in the child, whose only thread this is. The manager's threads must be started next.
+    /// After the fork, in the child, whose only thread this is. The manager's threads must be started next; the result, this
+    /// thread's life sign, is for the time until they live ([`Space::wait_until_live`]).
     ///
     /// # Errors
     /// The child cannot be managed: it must not go on, its absent pages would read as zeros.
     #[doc(hidden)]
-    pub fn after_fork_in_child(&'static self, forking: Forking) -> Result<(), DomainError> {
+    pub fn after_fork_in_child(&'static self, forking: Forking) -> Result<LentLife, DomainError> {
         use crate::domain::sys_err;
         let Forking { mut world, child, window, _signals } = forking;
         self.me.store(u32::from(child), Ordering::SeqCst);
+        // First of all: whatever happens to the child from now on, the launcher gets to know.
+        let life = crate::sys::lend_life(&self.slot().life);
         self.slot().pid.store(std::process::id(), Ordering::Release);
         self.domain.changed();
         // SAFETY: the window at this address is our page entries; from now on they are the child's, in whose window
@@ -188,7 +193,21 @@ impl Space {
             // Charged were its parent's pages, also those that it has not got.
             self.slot().charge.store(self.counted(&self.world.read()), Ordering::SeqCst);
         }
-        Ok(())
+        Ok(life)
+    }
+
+    /// Waits until the worker holds the life sign, for as long as that can take: a process that goes on before and begins
+    /// another program has a number that still exists, and nobody would know that what it held is nobody's.
+    ///
+    /// The worker needs nothing for it that the caller could hold: see [`crate::reclaim::worker::run`].
+    #[doc(hidden)]
+    pub fn wait_until_live(&self) {
+        let state = &self.slot().state;
+        let deadline = crate::sys::now_ms() + LIVE_MS;
+        // Acquire pairs with the worker's Release.
+        while state.load(Ordering::Acquire) == state::FORMING && crate::sys::now_ms() < deadline {
+            crate::sys::futex_wait(state, state::FORMING, Some(std::time::Duration::from_millis(LIVE_MS)));
+        }
     }
 
     /// The fork did not happen: the launcher gives the child's slot back.

@@ -100,8 +100,9 @@ impl Managed {
         match unsafe { libc::fork() } {
             0 => {
                 let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                    self.space.after_fork_in_child(forking).unwrap();
+                    let life = self.space.after_fork_in_child(forking).unwrap();
                     start_threads(self.space);
+                    drop(life);
                     f();
                 }));
                 // SAFETY: ends the child without the test harness's exit code.
