@@ -9,7 +9,7 @@ use super::layout::{self, WINDOW};
 use super::slot::state;
 use super::{Audit, Config, Counter, Domain, DomainError, Slot, Stats};
 use crate::frame::{Owner, Pfn};
-use crate::sys::SharedMap;
+use crate::sys::{FUTEX_OWNER_DIED, SharedMap};
 
 /// The creator of a domain, who outlives its processes and cleans up after them.
 pub struct Launcher {
@@ -171,6 +171,9 @@ impl Reaper<'_> {
         if slot.state.compare_exchange(was, state::REAPING, Ordering::Acquire, Ordering::Relaxed).is_err() {
             return;
         }
+        // What it locked is anybody's to take over. The kernel has marked those that had a life sign; nobody else will mark one
+        // that died before, and its locks would be waited for for ever, by us first of all.
+        slot.life.fetch_or(FUTEX_OWNER_DIED, Ordering::SeqCst);
         // Its memory has gone with it.
         slot.charge.store(0, Ordering::SeqCst);
         slot.pinned.store(0, Ordering::SeqCst);
@@ -241,7 +244,7 @@ impl Reaper<'_> {
 }
 
 /// Whether the process in this slot has ended, or begun another program: for the launcher, in whose namespace numbers are meant.
-fn has_ended(slot: &Slot) -> bool {
+pub(super) fn has_ended(slot: &Slot) -> bool {
     match (slot.state.load(Ordering::Acquire), slot.pid.load(Ordering::Acquire)) {
         // A forked child has a life sign before it says its number: a number means nothing in another namespace, and it stays the
         // same when the process begins another program.
@@ -264,7 +267,8 @@ fn process_exists(pid: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::FUTEX_OWNER_DIED;
+    use crate::device::ram;
+    use crate::domain::{counts_len, own_len};
 
     /// The number of a process that does not exist.
     const NOBODY: u32 = u32::MAX >> 1;
@@ -295,5 +299,26 @@ mod tests {
             assert_eq!((launcher.reap(), slot.state.load(Ordering::SeqCst)), (1, state::FREE));
             assert_eq!(slot.life.load(Ordering::SeqCst), 0);
         }
+    }
+
+    /// Gives back within ten seconds what `n` dead processes held.
+    fn reaps(launcher: Launcher, n: usize) {
+        let (said, reaped) = std::sync::mpsc::channel();
+        std::thread::spawn(move || said.send(launcher.reap()));
+        assert_eq!(reaped.recv_timeout(Duration::from_secs(10)), Ok(n), "it waits for the dead");
+    }
+
+    #[test]
+    fn the_lock_of_one_who_died_before_he_had_a_life_sign_is_taken_over() {
+        let launcher = launcher();
+        let domain = Domain::attach(&launcher.env_value()).unwrap();
+        // Who is seen to first died otherwise, and is not the one who is waited for.
+        let other = domain.slot(domain.take_slot(NOBODY).unwrap());
+        other.life.store(FUTEX_OWNER_DIED, Ordering::SeqCst);
+        let dead = domain.take_slot(NOBODY).unwrap();
+        let spec = &domain.config.devices[0];
+        let area = domain.map.area(layout::DEVICES + counts_len(spec.frames()), own_len(spec));
+        ram::lock_for_ever(1 << 20, area, dead, &*domain.peers);
+        reaps(launcher, 2);
     }
 }
