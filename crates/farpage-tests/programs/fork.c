@@ -1,5 +1,6 @@
 /* fork in all its shapes: parent and child each see exactly their own memory while both go on. */
 #include "common.h"
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <spawn.h>
@@ -315,6 +316,42 @@ static void exec_at_once(void) {
     check(data, pages, 1, 0, "parent");
 }
 
+/* A namespace whose first process has ended has no room for others: the kernel has copied everything when it finds that out. */
+static void fail_late(pid_t (*make)(void)) {
+    setup();
+    size_t before = in_dram();
+    if (unshare(CLONE_NEWPID) != 0) skip("unshare(CLONE_NEWPID): %s", strerrordesc_np(errno));
+    reap(make() ?: (_exit(0), 0), 0, "first of its namespace");
+    for (int n = 0; n < 3; n++)
+        if (make() >= 0 || errno != ENOMEM) die("a fork into a namespace that has ended");
+    has_room_again(before, "after forks that failed");
+    check(data, pages, 1, 0, "parent");
+}
+/* Children that end at once where their numbers mean others outside. */
+static void namespace(void) {
+    setup();
+    if (unshare(CLONE_NEWPID) != 0) skip("unshare(CLONE_NEWPID): %s", strerrordesc_np(errno));
+    pid_t first = fork_or_die();
+    if (first == 0) {
+        for (int n = 0; n < 8; n++) {
+            pid_t pid = fork_or_die();
+            if (pid == 0) _exit(0);
+            reap(pid, 0, "child in a namespace");
+        }
+        check(data, pages, 1, 0, "first of its namespace");
+        _exit(0);
+    }
+    reap(first, 0, "first of its namespace");
+    check(data, pages, 1, 0, "parent");
+}
+static void fails_late(void) { fail_late(fork); }
+/* By a way on which nobody but the kernel knows that it has failed. */
+static void fails_unseen(void) {
+    pid_t (*make)(void) = (pid_t (*)(void))dlsym(RTLD_DEFAULT, "__fork");
+    if (!make) skip("this C library has no __fork");
+    fail_late(make);
+}
+
 static void *fork_here(void *arg) {
     (void)arg;
     for (int n = 0; n < 5; n++) {
@@ -489,7 +526,7 @@ int main(int argc, char **argv) {
         {"execs", execs},       {"leaf", leaf},               {"thread", thread},   {"raw-syscall", raw_syscall},
         {"raw-asm", raw_asm},   {"raw-fork", raw_fork},       {"orphan", orphan},   {"advice", advice},
         {"endless", endless},   {"workers", workers},         {"exec-at-once", exec_at_once},
-        {NULL, NULL},
+        {"namespace", namespace}, {"fails-late", fails_late}, {"fails-unseen", fails_unseen}, {NULL, NULL},
     };
     return run_case(argc, argv, cases);
 }

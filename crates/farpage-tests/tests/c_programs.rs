@@ -20,6 +20,9 @@ const CASES: &[(&str, &[&str])] = &[
             "advice",
             "workers",
             "exec-at-once",
+            "namespace",
+            "fails-late",
+            "fails-unseen",
         ],
     ),
     (

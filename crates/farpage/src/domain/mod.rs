@@ -3,6 +3,7 @@
 mod audit;
 mod budget;
 mod builder;
+pub(crate) mod child;
 #[doc(hidden)]
 pub mod entry;
 mod layout;

@@ -1,10 +1,11 @@
 //! The launcher's side: learning of every end in the tree and giving back what the dead held.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::FallocateFlags;
 
+use super::child;
 use super::layout::{self, WINDOW};
 use super::slot::state;
 use super::{Audit, Config, Counter, Domain, DomainError, Slot, Stats};
@@ -13,8 +14,10 @@ use crate::sys::{FUTEX_OWNER_DIED, SharedMap};
 
 /// The creator of a domain, who outlives its processes and cleans up after them.
 pub struct Launcher {
-    domain: Domain,
+    pub(super) domain: Domain,
     me: Owner,
+    /// When it has last looked for children (milliseconds).
+    pub(super) looked: AtomicU64,
 }
 
 impl Launcher {
@@ -26,7 +29,7 @@ impl Launcher {
         let domain = Domain::create(config)?;
         let me = domain.take_slot(std::process::id())?;
         domain.words.joined.store(0, Ordering::Relaxed);
-        Ok(Self { domain, me })
+        Ok(Self { domain, me, looked: AtomicU64::new(0) })
     }
 
     /// The value of [`super::ENV_DOMAIN`] for the processes of the tree.
@@ -37,6 +40,7 @@ impl Launcher {
 
     /// Gives back what processes held that have died or begun another program; returns how many.
     pub fn reap(&self) -> usize {
+        self.look_for_children();
         self.reap_those(false)
     }
 
@@ -57,8 +61,8 @@ impl Reaper<'_> {
         let mut n = 0;
         for (owner, slot) in self.domain.slots() {
             let gone = match slot.state.load(Ordering::Acquire) {
-                // Prepared by a parent for the child that he is about to fork; it has a life sign at once.
-                state::FORMING if slot.pid.load(Ordering::Acquire) == 0 && !slot.is_dead() => ended,
+                // Prepared by a parent for the child that he is about to fork.
+                state::FORMING if slot.pid.load(Ordering::Acquire) == 0 && child::is_unclaimed(slot) => ended,
                 state::LIVE | state::FORMING => owner != self.me && has_ended(slot),
                 _ => false,
             };
@@ -101,7 +105,7 @@ impl Launcher {
         self.domain.words.plain_all.store(1, Ordering::SeqCst);
     }
 
-    /// The numbers (as they see them themselves) of the managed processes that are alive.
+    /// The numbers (as this process or, where they cannot know, as they themselves see them) of the managed processes that are alive.
     pub fn processes(&self) -> Vec<u32> {
         let alive = |(owner, slot): (Owner, &super::Slot)| {
             let live = slot.state.load(Ordering::Acquire) == state::LIVE && !slot.is_dead();
@@ -124,6 +128,8 @@ impl Launcher {
                 waits.push((&slot.life, life));
             }
         }
+        let late = Duration::from_millis(child::LATE_MS);
+        let timeout = if self.domain.waits_for_children() { timeout.min(late) } else { timeout };
         crate::sys::futex_wait_any(&waits, timeout);
     }
 
@@ -174,6 +180,7 @@ impl Reaper<'_> {
         // What it locked is anybody's to take over. The kernel has marked those that had a life sign; nobody else will mark one
         // that died before, and its locks would be waited for for ever, by us first of all.
         slot.life.fetch_or(FUTEX_OWNER_DIED, Ordering::SeqCst);
+        d.parent_has_ended(owner);
         // Its memory has gone with it.
         slot.charge.store(0, Ordering::SeqCst);
         slot.pinned.store(0, Ordering::SeqCst);
@@ -201,6 +208,7 @@ impl Reaper<'_> {
         slot.wanted.store(0, Ordering::Relaxed);
         slot.plain_refs.store(0, Ordering::Relaxed);
         slot.pid.store(0, Ordering::Relaxed);
+        slot.parent.store(0, Ordering::Relaxed);
         // Release: whoever takes the slot next finds it clean.
         slot.state.store(state::FREE, Ordering::Release);
         d.changed();
@@ -255,13 +263,15 @@ pub(super) fn has_ended(slot: &Slot) -> bool {
 
 /// Whether a process exists and is not a zombie.
 fn process_exists(pid: u32) -> bool {
-    match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
-        Ok(stat) => !matches!(
-            stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next()),
-            Some('Z' | 'X') | None
-        ),
-        Err(_) => false,
-    }
+    state_and_parent(pid).is_some_and(|(ended, _)| !ended)
+}
+
+/// Whether a process has ended and is only waited for, and its parent. `None`: there is none of this number.
+pub(super) fn state_and_parent(pid: u32) -> Option<(bool, u32)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field may contain anything.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    Some((matches!(fields.next()?, "Z" | "X"), fields.next()?.parse().ok()?))
 }
 
 #[cfg(test)]

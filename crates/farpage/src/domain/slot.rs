@@ -52,7 +52,8 @@ pub struct Slot {
     /// The process.
     pub pid: AtomicU32,
     /// A robust futex that the process's worker owns (in a child that was just forked: its only thread): the kernel marks it
-    /// when the address space ends, by death or by `exec`. 0: nobody owns it yet.
+    /// when the address space ends, by death or by `exec`. 0: nobody owns it yet. Before a forked child owns it, it is the
+    /// ticket by which the child does (`domain/child.rs`).
     pub life: AtomicU32,
     /// Its reclaim worker sleeps on this: bumped when there is something to do.
     pub work: AtomicU32,
@@ -66,7 +67,11 @@ pub struct Slot {
     pub oldest: AtomicU64,
     /// Pages that it has pinned.
     pub pinned: AtomicU64,
-    _line: [AtomicU64; 2],
+    /// Since when the child that this slot was prepared for is there or never will be (milliseconds).
+    pub over_since: AtomicU64,
+    /// Who prepared it, while that may be of interest.
+    pub parent: AtomicU32,
+    _line: AtomicU32,
     /// See [`Counter`].
     pub counters: [AtomicU64; COUNTERS],
     /// Bumped by an audit that wants the process to compare its charge with what is there.

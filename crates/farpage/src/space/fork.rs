@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 use super::range::{Ranges, flag};
 use super::{Space, World};
 use crate::PAGE_SIZE;
+pub use crate::domain::child::Prepared;
 use crate::domain::entry::Entries;
 use crate::domain::{Counter, DomainError, state};
 use crate::fault::Change;
@@ -26,7 +27,7 @@ const LIVE_MS: u64 = 10_000;
 /// A fork in progress, with the world held.
 pub struct Forking {
     world: Write<'static, World>,
-    child: Owner,
+    child: Prepared,
     window: SharedMap,
     _signals: BlockedSignals,
 }
@@ -39,8 +40,9 @@ impl Space {
     #[doc(hidden)]
     pub fn before_fork(&'static self) -> Result<Forking, DomainError> {
         let signals = BlockedSignals::new();
-        let child = self.domain.take_slot(0)?;
-        let window = self.domain.map_window(child).inspect_err(|_| self.fork_failed(child))?;
+        let prepared = self.domain.prepare_child(self.me())?;
+        let child = prepared.slot;
+        let window = self.domain.map_window(child).inspect_err(|_| self.domain.fork_failed(prepared))?;
         let world = self.with_room_for(child);
         if world.announces_forks {
             self.forks.store(1, Ordering::SeqCst);
@@ -71,7 +73,7 @@ impl Space {
                 }
             }
         }
-        Ok(Forking { world, child, window, _signals: signals })
+        Ok(Forking { world, child: prepared, window, _signals: signals })
     }
 
     /// Charges the child with all that this process has in DRAM, but for the frames in stock, which the child gives up
@@ -113,19 +115,22 @@ impl Space {
         }
     }
 
-    /// After the fork, in the parent, also when it failed.
+    /// After the fork, in the parent, also when it failed: for [`Space::fork_failed`], should that come out later.
     #[doc(hidden)]
-    pub fn after_fork_in_parent(&self, forking: Forking) {
+    pub fn after_fork_in_parent(&self, forking: Forking) -> Prepared {
         let Forking { world, window, child, _signals } = forking;
         window.unmap();
         self.pins.forked();
-        // The announcement has been read and noted, or there would be no child.
+        // The announcement has been read and noted, or there would be no child. There may be none in spite of it: much can
+        // still go wrong afterwards.
         self.faults.caught_up();
         if self.forks.swap(0, Ordering::SeqCst) != 0 {
             self.fork_failed(child);
         }
+        self.domain.fork_is_over(child);
         drop(world);
         self.faults.nudge();
+        child
     }
 
     /// After the fork, in the child, whose only thread this is. The manager's threads must be started next; the result, this
@@ -137,10 +142,12 @@ impl Space {
     pub fn after_fork_in_child(&'static self, forking: Forking) -> Result<LentLife, DomainError> {
         use crate::domain::sys_err;
         let Forking { mut world, child, window, _signals } = forking;
-        self.me.store(u32::from(child), Ordering::SeqCst);
+        self.me.store(u32::from(child.slot), Ordering::SeqCst);
         // First of all: whatever happens to the child from now on, the launcher gets to know.
-        let life = crate::sys::lend_life(&self.slot().life);
-        self.slot().pid.store(std::process::id(), Ordering::Release);
+        let Some(life) = crate::sys::lend_life(&self.slot().life, &child.tickets()) else {
+            crate::sys::fatal("a forked child has been given up before it came");
+        };
+        self.slot().pid.store(crate::sys::number_in_proc(), Ordering::Release);
         self.domain.changed();
         // SAFETY: the window at this address is our page entries; from now on they are the child's, in whose window
         // the parent has written them.
@@ -211,10 +218,9 @@ impl Space {
     }
 
     /// The fork did not happen: the launcher gives the child's slot back.
-    fn fork_failed(&self, child: Owner) {
-        self.domain.slot(child).pid.store(u32::MAX, Ordering::Release);
-        debug_assert_eq!(self.domain.slot(child).state.load(Ordering::Relaxed), state::FORMING);
-        self.domain.changed();
+    #[doc(hidden)]
+    pub fn fork_failed(&self, child: Prepared) {
+        self.domain.fork_failed(child);
     }
 
     /// The kernel announces a forked child and hands us its userfaultfd. One that was prepared for registers its ranges

@@ -7,6 +7,14 @@ pub fn gettid() -> u32 {
     rustix::thread::gettid().as_raw_nonzero().get() as u32
 }
 
+/// This process's number in `/proc`: whoever joins a domain has found it there, so this is the number that its launcher knows,
+/// also in a namespace of its own.
+pub fn number_in_proc() -> u32 {
+    let number = rustix::fs::readlink("/proc/self", Vec::new()).ok();
+    let number = number.and_then(|n| n.to_str().ok()?.parse().ok());
+    number.unwrap_or_else(std::process::id)
+}
+
 /// All signals are blocked in this thread while it lives.
 pub struct BlockedSignals {
     old: u64,
@@ -123,14 +131,16 @@ pub struct LentLife {
 }
 
 /// As [`hold_for_life`], until another thread has taken it over ([`take_over_life`]). For a thread that holds no robust
-/// mutex, as in a child that was just forked.
-pub fn lend_life(life: &'static AtomicU32) -> LentLife {
+/// mutex, as in a child that was just forked. `None` if the word is none of `from`.
+pub fn lend_life(life: &'static AtomicU32, from: &[u32]) -> Option<LentLife> {
     let (mut own, mut len) = (std::ptr::null_mut::<RobustHead>(), 0usize);
     // SAFETY: both live across the call.
     unsafe { libc::syscall(libc::SYS_get_robust_list, 0, &raw mut own, &raw mut len) };
     let lent = LentLife { own, _list: register_life(life) };
-    life.store(held_by_me(), Ordering::SeqCst);
-    lent
+    // SeqCst: against others' exchanges, after which it is not ours to take. It may change from one of them to the next.
+    let mine = held_by_me();
+    let take = |&old: &u32| life.compare_exchange(old, mine, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+    from.iter().any(take).then_some(lent)
 }
 
 impl Drop for LentLife {
@@ -251,7 +261,7 @@ mod tests {
     #[test]
     fn a_lent_life_ends_with_its_thread() {
         let life: &'static AtomicU32 = Box::leak(Box::default());
-        std::thread::spawn(move || std::mem::forget(lend_life(life))).join().unwrap();
+        std::thread::spawn(move || std::mem::forget(lend_life(life, &[0]).unwrap())).join().unwrap();
         assert!(dies(life));
         assert!(!std::thread::spawn(move || take_over_life(life)).join().unwrap(), "too late");
         assert!(dead(life));
@@ -263,7 +273,8 @@ mod tests {
         let (taken, is_taken) = std::sync::mpsc::channel();
         let (stop, stopped) = std::sync::mpsc::channel::<()>();
         let lender = std::thread::spawn(move || {
-            let lent = lend_life(life);
+            assert!(lend_life(life, &[1, 2]).is_none());
+            let lent = lend_life(life, &[1, 0]).unwrap();
             let worker = std::thread::spawn(move || {
                 taken.send(take_over_life(life)).unwrap();
                 let _until_dropped = stopped.recv();
