@@ -1,17 +1,47 @@
 //! fork: parent and child each go on with what is theirs. The C library calls these for every `fork` it makes.
 
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use farpage::space::fork::Forking;
+use farpage::space::fork::{Forking, Prepared};
 
 use crate::startup::{self, Held};
+use crate::transfers::Real;
 use crate::{arena, init};
 
 struct InProgress(UnsafeCell<Option<(Forking, Held)>>);
 // SAFETY: written in `prepare` and taken in `parent` or `child`, between which the world is held exclusively.
 unsafe impl Sync for InProgress {}
 static FORKING: InProgress = InProgress(UnsafeCell::new(None));
+
+thread_local! {
+    /// For whom this thread has last prepared a slot.
+    static LAST: Cell<Option<Prepared>> = const { Cell::new(None) };
+}
+
+/// The C library calls the three below, but does not say whether the fork has failed.
+///
+/// # Safety
+/// As `fork(2)`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fork() -> libc::pid_t {
+    static REAL: Real = Real::new(c"fork");
+    LAST.set(None);
+    // SAFETY: the C library's function of this name has this type; the caller's contract.
+    let pid =
+        unsafe { std::mem::transmute::<*mut libc::c_void, extern "C" fn() -> libc::pid_t>(REAL.get())() };
+    if let Some(child) = LAST.take().filter(|_| pid < 0)
+        && let Some(space) = init::ready()
+    {
+        // SAFETY: errno is this thread's own; it says why there is no child.
+        unsafe {
+            let errno = *libc::__errno_location();
+            space.fork_failed(child);
+            *libc::__errno_location() = errno;
+        }
+    }
+    pid
+}
 
 extern "C" fn prepare() {
     let Some(space) = init::space() else { return };
@@ -29,7 +59,7 @@ extern "C" fn parent() {
     let Some(space) = init::space() else { return };
     // SAFETY: we still hold the world.
     if let Some((forking, _held)) = unsafe { (*FORKING.0.get()).take() } {
-        space.after_fork_in_parent(forking);
+        LAST.set(Some(space.after_fork_in_parent(forking)));
     }
 }
 
@@ -40,10 +70,10 @@ extern "C" fn child() {
     let (Some(space), Some((forking, _held))) = (init::inherited(), forking) else { return };
     // SAFETY: as above.
     unsafe { arena::renew() };
-    if let Err(e) = space.after_fork_in_child(forking) {
-        farpage::sys::fatal(&format!("a forked child cannot be managed: {e}"));
+    match space.after_fork_in_child(forking) {
+        Ok(_life) => init::start_threads(space),
+        Err(e) => farpage::sys::fatal(&format!("a forked child cannot be managed: {e}")),
     }
-    init::start_threads(space);
 }
 
 type Handler = Option<unsafe extern "C" fn()>;

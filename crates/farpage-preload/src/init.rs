@@ -108,7 +108,8 @@ extern "C" fn worker_thread(_: *mut libc::c_void) -> *mut libc::c_void {
     std::ptr::null_mut()
 }
 
-/// Starts the manager's threads: in the constructor and in a forked child, where this is the only thread.
+/// Starts the manager's threads: in the constructor and in a forked child, where this is the only thread. When this returns the
+/// process has its life sign: it may end, or begin another program.
 pub fn start_threads(space: &'static Space) {
     let _signals = farpage::sys::BlockedSignals::new();
     let started = spawn(worker_thread, 0) && spawn(handler_thread, 0);
@@ -116,6 +117,7 @@ pub fn start_threads(space: &'static Space) {
         farpage::sys::fatal("cannot start the manager's threads");
     }
     space.set_running(|index| spawn(handler_thread, index));
+    space.wait_until_live();
 }
 
 fn spawn(f: extern "C" fn(*mut libc::c_void) -> *mut libc::c_void, arg: usize) -> bool {

@@ -15,14 +15,15 @@ use crate::{hooks, init};
 const SEGMENTS: usize = 8;
 
 /// The C library's function of this name, looked up once.
-struct Real(&'static CStr, AtomicPtr<c_void>);
+pub struct Real(&'static CStr, AtomicPtr<c_void>);
 
 impl Real {
-    const fn new(name: &'static CStr) -> Self {
+    pub const fn new(name: &'static CStr) -> Self {
         Self(name, AtomicPtr::new(std::ptr::null_mut()))
     }
 
-    fn get(&self) -> *mut c_void {
+    /// It.
+    pub fn get(&self) -> *mut c_void {
         let known = self.1.load(Ordering::Relaxed);
         if !known.is_null() {
             return known;

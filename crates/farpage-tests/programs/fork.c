@@ -1,10 +1,12 @@
 /* fork in all its shapes: parent and child each see exactly their own memory while both go on. */
 #include "common.h"
+#include <dlfcn.h>
 #include <locale.h>
 #include <wctype.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <spawn.h>
+#include <sys/prctl.h>
 
 extern char **environ;
 
@@ -255,6 +257,103 @@ static void leaf(void) {
     check(data, pages, 1, 0, "leaf");
 }
 
+/* Bytes of this process in DRAM. */
+static size_t in_dram(void) {
+    FILE *f = fopen("/proc/self/smaps_rollup", "r");
+    char line[256];
+    unsigned long kib = 0;
+    ok(f != NULL);
+    while (fgets(line, sizeof line, f))
+        if (sscanf(line, "Anonymous: %lu", &kib) == 1) break;
+    ok(fclose(f) == 0);
+    return kib * 1024;
+}
+
+/* Nobody but this process needs DRAM: it soon has most of what it had. */
+static void has_room_again(size_t before, const char *what) {
+    double deadline = now() + 15;
+    size_t most = 0;
+    do {
+        fill(data, pages, 1, 0);
+        size_t n = in_dram();
+        if (n > most) most = n;
+        if (most >= before / 4 * 3) return;
+    } while (now() < deadline);
+    die("%s: %zu KiB in DRAM, before it were %zu", what, most / 1024, before / 1024);
+}
+
+/* Children that begin another program before any other thread of theirs has run: what was theirs goes back at once. */
+static void exec_at_once(void) {
+    setup();
+    size_t before = in_dram();
+    cpu_set_t all, one;
+    ok(sched_getaffinity(0, sizeof all, &all) == 0);
+    CPU_ZERO(&one);
+    CPU_SET((size_t)sched_getcpu(), &one);
+    ok(sched_setaffinity(0, sizeof one, &one) == 0);
+    pid_t child[3];
+    int p[2];
+    ok(pipe2(p, O_CLOEXEC) == 0);
+    for (int n = 0; n < 3; n++) {
+        child[n] = fork_or_die();
+        if (child[n] == 0) {
+            /* A program that is not managed, and needs no DRAM of the budget. */
+            char *nothing[] = {NULL};
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            execle("/bin/sleep", "sleep", "100", NULL, nothing);
+            _exit(126);
+        }
+    }
+    /* At its end all of them are at another program. */
+    ok(close(p[1]) == 0);
+    char c;
+    ok(read(p[0], &c, 1) == 0);
+    ok(sched_setaffinity(0, sizeof all, &all) == 0);
+    has_room_again(before, "beside children that have begun another program");
+    for (int n = 0; n < 3; n++) {
+        ok(kill(child[n], SIGKILL) == 0);
+        int status;
+        ok(waitpid(child[n], &status, 0) == child[n]);
+    }
+    check(data, pages, 1, 0, "parent");
+}
+
+/* A namespace whose first process has ended has no room for others: the kernel has copied everything when it finds that out. */
+static void fail_late(pid_t (*make)(void)) {
+    setup();
+    size_t before = in_dram();
+    if (unshare(CLONE_NEWPID) != 0) skip("unshare(CLONE_NEWPID): %s", strerrordesc_np(errno));
+    reap(make() ?: (_exit(0), 0), 0, "first of its namespace");
+    for (int n = 0; n < 3; n++)
+        if (make() >= 0 || errno != ENOMEM) die("a fork into a namespace that has ended");
+    has_room_again(before, "after forks that failed");
+    check(data, pages, 1, 0, "parent");
+}
+/* Children that end at once where their numbers mean others outside. */
+static void namespace(void) {
+    setup();
+    if (unshare(CLONE_NEWPID) != 0) skip("unshare(CLONE_NEWPID): %s", strerrordesc_np(errno));
+    pid_t first = fork_or_die();
+    if (first == 0) {
+        for (int n = 0; n < 8; n++) {
+            pid_t pid = fork_or_die();
+            if (pid == 0) _exit(0);
+            reap(pid, 0, "child in a namespace");
+        }
+        check(data, pages, 1, 0, "first of its namespace");
+        _exit(0);
+    }
+    reap(first, 0, "first of its namespace");
+    check(data, pages, 1, 0, "parent");
+}
+static void fails_late(void) { fail_late(fork); }
+/* By a way on which nobody but the kernel knows that it has failed. */
+static void fails_unseen(void) {
+    pid_t (*make)(void) = (pid_t (*)(void))dlsym(RTLD_DEFAULT, "__fork");
+    if (!make) skip("this C library has no __fork");
+    fail_late(make);
+}
+
 static void *fork_here(void *arg) {
     (void)arg;
     for (int n = 0; n < 5; n++) {
@@ -493,7 +592,8 @@ int main(int argc, char **argv) {
         {"raw-asm", raw_asm},   {"raw-fork", raw_fork},       {"orphan", orphan},   {"advice", advice},
         {"advice-moved", advice_moved},
         {"locale", locale},
-        {"endless", endless},   {"workers", workers},         {NULL, NULL},
+        {"endless", endless},   {"workers", workers},         {"exec-at-once", exec_at_once},
+        {"namespace", namespace}, {"fails-late", fails_late}, {"fails-unseen", fails_unseen}, {NULL, NULL},
     };
     return run_case(argc, argv, cases);
 }

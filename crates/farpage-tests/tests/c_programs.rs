@@ -19,7 +19,12 @@ const CASES: &[(&str, &[&str])] = &[
             "orphan",
             "advice",
             "advice-moved",
+            "locale",
             "workers",
+            "exec-at-once",
+            "namespace",
+            "fails-late",
+            "fails-unseen",
         ],
     ),
     (

@@ -10,7 +10,7 @@ mod inject;
 mod mem;
 pub mod memory;
 mod ops;
-mod ram;
+pub(crate) mod ram;
 pub mod spec;
 #[cfg(test)]
 pub(crate) mod testing;

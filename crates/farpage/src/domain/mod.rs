@@ -3,6 +3,7 @@
 mod audit;
 mod budget;
 mod builder;
+pub(crate) mod child;
 #[doc(hidden)]
 pub mod entry;
 mod layout;
@@ -191,11 +192,16 @@ pub struct Domain {
 }
 
 /// Slots as peers of a robust lock.
-struct SlotPeers(SharedArea);
+struct SlotPeers {
+    area: SharedArea,
+    /// This is the process that gives back what others held. It can tell of one without a life sign whether it has ended, and
+    /// nobody would tell it: a lock that it waits for is waited for by its reaper.
+    reaps: bool,
+}
 
 impl SlotPeers {
     fn slot(&self, owner: Owner) -> &'static Slot {
-        let area = self.0.part(owner as usize * layout::SLOT_SIZE, size_of::<Slot>());
+        let area = self.area.part(owner as usize * layout::SLOT_SIZE, size_of::<Slot>());
         let words = area.atomics64();
         // SAFETY: a slot consists of atomics only, for which any bytes are valid; it lies in a shared mapping
         // that is never unmapped, at an offset that is a multiple of its alignment (the mapping is page-aligned).
@@ -205,7 +211,8 @@ impl SlotPeers {
 
 impl Peers for SlotPeers {
     fn is_alive(&self, owner: u16) -> bool {
-        !self.slot(owner).is_dead()
+        let slot = self.slot(owner);
+        !(slot.is_dead() || self.reaps && reap::has_ended(slot))
     }
 }
 
@@ -302,7 +309,8 @@ impl Domain {
         create: bool,
         own: Vec<Box<dyn Device>>,
     ) -> Result<Self, DomainError> {
-        let peers = Arc::new(SlotPeers(map.area(layout::HEADER, SLOT_COUNT * layout::SLOT_SIZE)));
+        let area = map.area(layout::HEADER, SLOT_COUNT * layout::SLOT_SIZE);
+        let peers = Arc::new(SlotPeers { area, reaps: create });
         let mut at = layout::DEVICES;
         let mut pagemaps = Vec::new();
         for (id, (spec, path)) in record.config.devices.iter().zip(&record.paths).enumerate() {

@@ -1,20 +1,23 @@
 //! The launcher's side: learning of every end in the tree and giving back what the dead held.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::FallocateFlags;
 
+use super::child;
 use super::layout::{self, WINDOW};
 use super::slot::state;
-use super::{Audit, Config, Counter, Domain, DomainError, Stats};
+use super::{Audit, Config, Counter, Domain, DomainError, Slot, Stats};
 use crate::frame::{Owner, Pfn};
-use crate::sys::SharedMap;
+use crate::sys::{FUTEX_OWNER_DIED, SharedMap};
 
 /// The creator of a domain, who outlives its processes and cleans up after them.
 pub struct Launcher {
-    domain: Domain,
+    pub(super) domain: Domain,
     me: Owner,
+    /// When it has last looked for children (milliseconds).
+    pub(super) looked: AtomicU64,
 }
 
 impl Launcher {
@@ -26,7 +29,7 @@ impl Launcher {
         let domain = Domain::create(config)?;
         let me = domain.take_slot(std::process::id())?;
         domain.words.joined.store(0, Ordering::Relaxed);
-        Ok(Self { domain, me })
+        Ok(Self { domain, me, looked: AtomicU64::new(0) })
     }
 
     /// The value of [`super::ENV_DOMAIN`] for the processes of the tree.
@@ -37,6 +40,7 @@ impl Launcher {
 
     /// Gives back what processes held that have died or begun another program; returns how many.
     pub fn reap(&self) -> usize {
+        self.look_for_children();
         self.reap_those(false)
     }
 
@@ -57,13 +61,9 @@ impl Reaper<'_> {
         let mut n = 0;
         for (owner, slot) in self.domain.slots() {
             let gone = match slot.state.load(Ordering::Acquire) {
-                state::LIVE => slot.is_dead(),
-                // It has not raised its life sign; it may have died before it could.
-                state::FORMING if owner != self.me => match slot.pid.load(Ordering::Acquire) {
-                    // Prepared by a parent for the child that he is about to fork; it says its number at once.
-                    0 => ended,
-                    pid => !process_exists(pid),
-                },
+                // Prepared by a parent for the child that he is about to fork.
+                state::FORMING if slot.pid.load(Ordering::Acquire) == 0 && child::is_unclaimed(slot) => ended,
+                state::LIVE | state::FORMING => owner != self.me && has_ended(slot),
                 _ => false,
             };
             if gone {
@@ -105,7 +105,7 @@ impl Launcher {
         self.domain.words.plain_all.store(1, Ordering::SeqCst);
     }
 
-    /// The numbers (as they see them themselves) of the managed processes that are alive.
+    /// The numbers (as this process or, where they cannot know, as they themselves see them) of the managed processes that are alive.
     pub fn processes(&self) -> Vec<u32> {
         let alive = |(owner, slot): (Owner, &super::Slot)| {
             let live = slot.state.load(Ordering::Acquire) == state::LIVE && !slot.is_dead();
@@ -120,14 +120,16 @@ impl Launcher {
         let seen = epoch.load(Ordering::Acquire);
         let mut waits = vec![(epoch, seen)];
         for (_, slot) in self.domain.slots() {
-            if slot.state.load(Ordering::Acquire) == state::LIVE {
-                let life = slot.life.load(Ordering::Acquire);
+            let life = slot.life.load(Ordering::Acquire);
+            if life != 0 && matches!(slot.state.load(Ordering::Acquire), state::LIVE | state::FORMING) {
                 if slot.is_dead() {
                     return;
                 }
                 waits.push((&slot.life, life));
             }
         }
+        let late = Duration::from_millis(child::LATE_MS);
+        let timeout = if self.domain.waits_for_children() { timeout.min(late) } else { timeout };
         crate::sys::futex_wait_any(&waits, timeout);
     }
 
@@ -175,6 +177,10 @@ impl Reaper<'_> {
         if slot.state.compare_exchange(was, state::REAPING, Ordering::Acquire, Ordering::Relaxed).is_err() {
             return;
         }
+        // What it locked is anybody's to take over. The kernel has marked those that had a life sign; nobody else will mark one
+        // that died before, and its locks would be waited for for ever, by us first of all.
+        slot.life.fetch_or(FUTEX_OWNER_DIED, Ordering::SeqCst);
+        d.parent_has_ended(owner);
         // Its memory has gone with it.
         slot.charge.store(0, Ordering::SeqCst);
         slot.pinned.store(0, Ordering::SeqCst);
@@ -202,6 +208,7 @@ impl Reaper<'_> {
         slot.wanted.store(0, Ordering::Relaxed);
         slot.plain_refs.store(0, Ordering::Relaxed);
         slot.pid.store(0, Ordering::Relaxed);
+        slot.parent.store(0, Ordering::Relaxed);
         // Release: whoever takes the slot next finds it clean.
         slot.state.store(state::FREE, Ordering::Release);
         d.changed();
@@ -244,13 +251,84 @@ impl Reaper<'_> {
     }
 }
 
+/// Whether the process in this slot has ended, or begun another program: for the launcher, in whose namespace numbers are meant.
+pub(super) fn has_ended(slot: &Slot) -> bool {
+    match (slot.state.load(Ordering::Acquire), slot.pid.load(Ordering::Acquire)) {
+        // A forked child has a life sign before it says its number: a number means nothing in another namespace, and it stays the
+        // same when the process begins another program.
+        (state::FORMING, pid) if pid != 0 && slot.life.load(Ordering::Acquire) == 0 => !process_exists(pid),
+        _ => slot.is_dead(),
+    }
+}
+
 /// Whether a process exists and is not a zombie.
 fn process_exists(pid: u32) -> bool {
-    match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
-        Ok(stat) => !matches!(
-            stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next()),
-            Some('Z' | 'X') | None
-        ),
-        Err(_) => false,
+    state_and_parent(pid).is_some_and(|(ended, _)| !ended)
+}
+
+/// Whether a process has ended and is only waited for, and its parent. `None`: there is none of this number.
+pub(super) fn state_and_parent(pid: u32) -> Option<(bool, u32)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field may contain anything.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    Some((matches!(fields.next()?, "Z" | "X"), fields.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::ram;
+    use crate::domain::{counts_len, own_len};
+
+    /// The number of a process that does not exist.
+    const NOBODY: u32 = u32::MAX >> 1;
+
+    fn launcher() -> Launcher {
+        let config = Config {
+            dram: 1 << 20,
+            min_size: 1 << 20,
+            strict: false,
+            verbose: false,
+            recycle: false,
+            max_pinned: None,
+            devices: vec!["ram:1M".parse().unwrap()],
+        };
+        Launcher::create(&config).unwrap()
+    }
+
+    #[test]
+    fn a_childs_number_says_nothing_while_its_life_sign_does() {
+        let launcher = launcher();
+        let domain = Domain::attach(&launcher.env_value()).unwrap();
+        // Numbers of another namespace may exist here or not.
+        for number in [NOBODY, std::process::id()] {
+            let slot = domain.slot(domain.take_slot(number).unwrap());
+            slot.life.store(1, Ordering::SeqCst);
+            assert_eq!((launcher.reap(), slot.state.load(Ordering::SeqCst)), (0, state::FORMING), "it lives");
+            slot.life.fetch_or(FUTEX_OWNER_DIED, Ordering::SeqCst);
+            assert_eq!((launcher.reap(), slot.state.load(Ordering::SeqCst)), (1, state::FREE));
+            assert_eq!(slot.life.load(Ordering::SeqCst), 0);
+        }
+    }
+
+    /// Gives back within ten seconds what `n` dead processes held.
+    fn reaps(launcher: Launcher, n: usize) {
+        let (said, reaped) = std::sync::mpsc::channel();
+        std::thread::spawn(move || said.send(launcher.reap()));
+        assert_eq!(reaped.recv_timeout(Duration::from_secs(10)), Ok(n), "it waits for the dead");
+    }
+
+    #[test]
+    fn the_lock_of_one_who_died_before_he_had_a_life_sign_is_taken_over() {
+        let launcher = launcher();
+        let domain = Domain::attach(&launcher.env_value()).unwrap();
+        // Who is seen to first died otherwise, and is not the one who is waited for.
+        let other = domain.slot(domain.take_slot(NOBODY).unwrap());
+        other.life.store(FUTEX_OWNER_DIED, Ordering::SeqCst);
+        let dead = domain.take_slot(NOBODY).unwrap();
+        let spec = &domain.config.devices[0];
+        let area = domain.map.area(layout::DEVICES + counts_len(spec.frames()), own_len(spec));
+        ram::lock_for_ever(1 << 20, area, dead, &*domain.peers);
+        reaps(launcher, 2);
     }
 }

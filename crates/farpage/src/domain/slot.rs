@@ -3,21 +3,19 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::layout::SLOT_SIZE;
+use crate::sys::FUTEX_OWNER_DIED;
 
 /// State of a slot.
 pub mod state {
     /// Nobody's.
     pub const FREE: u32 = 0;
-    /// Taken by a process that has not raised its life sign yet.
+    /// Taken by a process whose worker has not raised its life sign yet.
     pub const FORMING: u32 = 1;
     /// Its process has a life sign.
     pub const LIVE: u32 = 2;
     /// Somebody gives back what it held.
     pub const REAPING: u32 = 3;
 }
-
-/// The kernel's mark in a robust futex whose owner died (`linux/futex.h`).
-const FUTEX_OWNER_DIED: u32 = 0x4000_0000;
 
 /// Counters of one process; the domain's statistics are their sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,8 +51,9 @@ pub struct Slot {
     pub state: AtomicU32,
     /// The process.
     pub pid: AtomicU32,
-    /// A robust futex that the process's agent thread owns: the kernel marks it when the address space ends, by
-    /// death or by `exec`.
+    /// A robust futex that the process's worker owns (in a child that was just forked: its only thread): the kernel marks it
+    /// when the address space ends, by death or by `exec`. 0: nobody owns it yet. Before a forked child owns it, it is the
+    /// ticket by which the child does (`domain/child.rs`).
     pub life: AtomicU32,
     /// Its reclaim worker sleeps on this: bumped when there is something to do.
     pub work: AtomicU32,
@@ -68,7 +67,11 @@ pub struct Slot {
     pub oldest: AtomicU64,
     /// Pages that it has pinned.
     pub pinned: AtomicU64,
-    _line: [AtomicU64; 2],
+    /// Since when the child that this slot was prepared for is there or never will be (milliseconds).
+    pub over_since: AtomicU64,
+    /// Who prepared it, while that may be of interest.
+    pub parent: AtomicU32,
+    _line: AtomicU32,
     /// See [`Counter`].
     pub counters: [AtomicU64; COUNTERS],
     /// Bumped by an audit that wants the process to compare its charge with what is there.

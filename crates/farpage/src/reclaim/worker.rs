@@ -44,9 +44,15 @@ impl Space {
 /// Runs the worker until the space is told to stop ([`Space::stop`]). It also holds the space's life sign.
 pub fn run(space: &Space) {
     let slot = space.slot();
-    crate::sys::hold_for_life(&slot.life);
     // Release: who sees LIVE sees the life sign.
-    slot.state.store(state::LIVE, Ordering::Release);
+    let live =
+        || slot.state.compare_exchange(state::FORMING, state::LIVE, Ordering::Release, Ordering::Relaxed);
+    if !crate::sys::take_over_life(&slot.life) || live().is_err() {
+        // Killed, which will not take long to reach this thread. If it does not come: nothing here is ours any more.
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        crate::sys::fatal("this process was taken for dead");
+    }
+    crate::sys::futex_wake(&slot.state, i32::MAX);
     space.domain.changed();
     space.faults.add_manager(crate::sys::gettid());
     space.faults.follow.worker_started();

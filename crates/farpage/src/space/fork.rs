@@ -11,20 +11,23 @@ use std::sync::atomic::Ordering;
 use super::range::{Ranges, flag};
 use super::{Space, World};
 use crate::PAGE_SIZE;
+pub use crate::domain::child::Prepared;
 use crate::domain::entry::Entries;
 use crate::domain::{Counter, DomainError, state};
 use crate::fault::Change;
 use crate::frame::Owner;
 use crate::sys::uffd::Uffd;
-use crate::sys::{BlockedSignals, SharedMap, Write};
+use crate::sys::{BlockedSignals, LentLife, SharedMap, Write};
 
 /// Milliseconds that a fork waits for room for the child, while none is gained.
 const ROOM_MS: u64 = 2000;
+/// Milliseconds within which a new process's worker has run, or the process goes on without.
+const LIVE_MS: u64 = 10_000;
 
 /// A fork in progress, with the world held.
 pub struct Forking {
     world: Write<'static, World>,
-    child: Owner,
+    child: Prepared,
     window: SharedMap,
     _signals: BlockedSignals,
 }
@@ -37,8 +40,9 @@ impl Space {
     #[doc(hidden)]
     pub fn before_fork(&'static self) -> Result<Forking, DomainError> {
         let signals = BlockedSignals::new();
-        let child = self.domain.take_slot(0)?;
-        let window = self.domain.map_window(child).inspect_err(|_| self.fork_failed(child))?;
+        let prepared = self.domain.prepare_child(self.me())?;
+        let child = prepared.slot;
+        let window = self.domain.map_window(child).inspect_err(|_| self.domain.fork_failed(prepared))?;
         let world = self.with_room_for(child);
         if world.announces_forks {
             self.forks.store(1, Ordering::SeqCst);
@@ -69,7 +73,7 @@ impl Space {
                 }
             }
         }
-        Ok(Forking { world, child, window, _signals: signals })
+        Ok(Forking { world, child: prepared, window, _signals: signals })
     }
 
     /// Charges the child with all that this process has in DRAM, but for the frames in stock, which the child gives up
@@ -111,31 +115,39 @@ impl Space {
         }
     }
 
-    /// After the fork, in the parent, also when it failed.
+    /// After the fork, in the parent, also when it failed: for [`Space::fork_failed`], should that come out later.
     #[doc(hidden)]
-    pub fn after_fork_in_parent(&self, forking: Forking) {
+    pub fn after_fork_in_parent(&self, forking: Forking) -> Prepared {
         let Forking { world, window, child, _signals } = forking;
         window.unmap();
         self.pins.forked();
-        // The announcement has been read and noted, or there would be no child.
+        // The announcement has been read and noted, or there would be no child. There may be none in spite of it: much can
+        // still go wrong afterwards.
         self.faults.caught_up();
         if self.forks.swap(0, Ordering::SeqCst) != 0 {
             self.fork_failed(child);
         }
+        self.domain.fork_is_over(child);
         drop(world);
         self.faults.nudge();
+        child
     }
 
-    /// After the fork, in the child, whose only thread this is. The manager's threads must be started next.
+    /// After the fork, in the child, whose only thread this is. The manager's threads must be started next; the result, this
+    /// thread's life sign, is for the time until they live ([`Space::wait_until_live`]).
     ///
     /// # Errors
     /// The child cannot be managed: it must not go on, its absent pages would read as zeros.
     #[doc(hidden)]
-    pub fn after_fork_in_child(&'static self, forking: Forking) -> Result<(), DomainError> {
+    pub fn after_fork_in_child(&'static self, forking: Forking) -> Result<LentLife, DomainError> {
         use crate::domain::sys_err;
         let Forking { mut world, child, window, _signals } = forking;
-        self.me.store(u32::from(child), Ordering::SeqCst);
-        self.slot().pid.store(std::process::id(), Ordering::Release);
+        self.me.store(u32::from(child.slot), Ordering::SeqCst);
+        // First of all: whatever happens to the child from now on, the launcher gets to know.
+        let Some(life) = crate::sys::lend_life(&self.slot().life, &child.tickets()) else {
+            crate::sys::fatal("a forked child has been given up before it came");
+        };
+        self.slot().pid.store(crate::sys::number_in_proc(), Ordering::Release);
         self.domain.changed();
         // SAFETY: the window at this address is our page entries; from now on they are the child's, in whose window
         // the parent has written them.
@@ -188,14 +200,27 @@ impl Space {
             // Charged were its parent's pages, also those that it has not got.
             self.slot().charge.store(self.counted(&self.world.read()), Ordering::SeqCst);
         }
-        Ok(())
+        Ok(life)
+    }
+
+    /// Waits until the worker holds the life sign, for as long as that can take: a process that goes on before and begins
+    /// another program has a number that still exists, and nobody would know that what it held is nobody's.
+    ///
+    /// The worker needs nothing for it that the caller could hold: see [`crate::reclaim::worker::run`].
+    #[doc(hidden)]
+    pub fn wait_until_live(&self) {
+        let state = &self.slot().state;
+        let deadline = crate::sys::now_ms() + LIVE_MS;
+        // Acquire pairs with the worker's Release.
+        while state.load(Ordering::Acquire) == state::FORMING && crate::sys::now_ms() < deadline {
+            crate::sys::futex_wait(state, state::FORMING, Some(std::time::Duration::from_millis(LIVE_MS)));
+        }
     }
 
     /// The fork did not happen: the launcher gives the child's slot back.
-    fn fork_failed(&self, child: Owner) {
-        self.domain.slot(child).pid.store(u32::MAX, Ordering::Release);
-        debug_assert_eq!(self.domain.slot(child).state.load(Ordering::Relaxed), state::FORMING);
-        self.domain.changed();
+    #[doc(hidden)]
+    pub fn fork_failed(&self, child: Prepared) {
+        self.domain.fork_failed(child);
     }
 
     /// The kernel announces a forked child and hands us its userfaultfd. One that was prepared for registers its ranges

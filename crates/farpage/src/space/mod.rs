@@ -217,7 +217,7 @@ impl Space {
     /// As [`Space::new`].
     #[doc(hidden)]
     pub fn with_mode(domain: Domain, mode: FaultMode) -> Result<Self, DomainError> {
-        let me = domain.take_slot(std::process::id())?;
+        let me = domain.take_slot(sys::number_in_proc())?;
         let window = domain.map_window(me)?;
         let budget = domain.budget() as usize;
         // Enough slots that a sixteenth of the budget can be staged even if a granule has only 8 pages in DRAM.

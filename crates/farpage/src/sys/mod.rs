@@ -42,8 +42,9 @@ pub use memory::{
 pub use mutex::{Mutex, MutexGuard};
 pub use pagemap_scan::{Kind, PageScan};
 pub use process::{
-    BlockedSignals, bind, cpu_of, cpus_allowed, end_life, fatal, gettid, hold_for_life, keep_off, keep_only,
-    run_delay_ns, say, set_idle_policy,
+    BlockedSignals, FUTEX_OWNER_DIED, LentLife, bind, cpu_of, cpus_allowed, end_life, fatal, gettid,
+    hold_for_life, keep_off, keep_only, lend_life, number_in_proc, run_delay_ns, say, set_idle_policy,
+    take_over_life,
 };
 pub use relay::{Relay, relay};
 pub use ring::{Ring, Transfer};

@@ -7,6 +7,14 @@ pub fn gettid() -> u32 {
     rustix::thread::gettid().as_raw_nonzero().get() as u32
 }
 
+/// This process's number in `/proc`: whoever joins a domain has found it there, so this is the number that its launcher knows,
+/// also in a namespace of its own.
+pub fn number_in_proc() -> u32 {
+    let number = rustix::fs::readlink("/proc/self", Vec::new()).ok();
+    let number = number.and_then(|n| n.to_str().ok()?.parse().ok());
+    number.unwrap_or_else(std::process::id)
+}
+
 /// All signals are blocked in this thread while it lives.
 pub struct BlockedSignals {
     old: u64,
@@ -55,6 +63,7 @@ pub fn fatal(message: &str) -> ! {
     std::process::abort()
 }
 
+/// The kernel's `struct robust_list_head`.
 #[repr(C)]
 struct RobustHead {
     next: *mut RobustHead,
@@ -62,25 +71,82 @@ struct RobustHead {
     pending: *mut RobustHead,
 }
 
-/// Makes this thread the owner of a robust futex until it ends: the kernel then sets FUTEX_OWNER_DIED in `life` and wakes
-/// a waiter. It ends with the address space: by exit, by a signal, or by `exec`.
-pub fn hold_for_life(life: &'static AtomicU32) {
+/// The kernel's mark in a robust futex whose owner died (`linux/futex.h`).
+pub const FUTEX_OWNER_DIED: u32 = 0x4000_0000;
+
+/// The owner's word of a robust futex that this thread holds.
+fn held_by_me() -> u32 {
     const FUTEX_WAITERS: u32 = 0x8000_0000;
-    life.store(gettid() | FUTEX_WAITERS, Ordering::SeqCst);
-    // One entry, which points back at the head; the futex is `offset` bytes from the entry. Leaked: the kernel
-    // reads them when the thread ends.
-    let list = Box::leak(Box::new(
+    gettid() | FUTEX_WAITERS
+}
+
+/// A list of robust futexes with one futex in it.
+type RobustList = Box<[RobustHead; 2]>;
+
+/// Tells the kernel that this thread's robust futexes are `life` and no other. It marks the futex when the thread ends, if the
+/// word says then that this thread is its owner.
+fn register_life(life: &AtomicU32) -> RobustList {
+    // One entry, which points back at the head; the futex is `offset` bytes from the entry.
+    let mut list = Box::new(
         [const { RobustHead { next: std::ptr::null_mut(), offset: 0, pending: std::ptr::null_mut() } }; 2],
-    ));
+    );
     let base = list.as_mut_ptr();
-    // SAFETY: both elements are in the array just leaked; the kernel's view of them is `struct robust_list_head`
-    // and, for the entry, its first word.
+    // SAFETY: both elements are in the box; the kernel's view of them is `struct robust_list_head` and, for the entry, its
+    // first word.
     unsafe {
         let entry = base.add(1);
         (*entry).next = base;
         (*base).next = entry;
         (*base).offset = life.as_ptr() as libc::c_long - entry as libc::c_long;
         libc::syscall(libc::SYS_set_robust_list, base, size_of::<RobustHead>());
+    }
+    list
+}
+
+/// Makes this thread the owner of a robust futex until it ends: the kernel then sets FUTEX_OWNER_DIED in `life` and wakes
+/// a waiter. It ends with the address space: by exit, by a signal, or by `exec`.
+pub fn hold_for_life(life: &'static AtomicU32) {
+    // Leaked: the kernel reads it when the thread ends. Registered first, as the word alone says whose it is: there is no
+    // moment at which it has an owner whose end the kernel would not tell.
+    std::mem::forget(register_life(life));
+    life.store(held_by_me(), Ordering::SeqCst);
+}
+
+/// As [`hold_for_life`], where another thread of this process may hold the futex for the time being ([`lend_life`]): at every
+/// moment one of the two does. False: the process is about to die, and may have been taken for dead already.
+pub fn take_over_life(life: &'static AtomicU32) -> bool {
+    // First, as in `hold_for_life`.
+    std::mem::forget(register_life(life));
+    // Acquire: whoever marks it dead has done so before.
+    let now = life.load(Ordering::Acquire);
+    // SeqCst, as in `hold_for_life`. Not a store, which could take the mark away.
+    now & FUTEX_OWNER_DIED == 0
+        && life.compare_exchange(now, held_by_me(), Ordering::SeqCst, Ordering::SeqCst).is_ok()
+}
+
+/// A thread holds a robust futex while this lives; its own robust futexes do not count meanwhile.
+pub struct LentLife {
+    own: *mut RobustHead,
+    _list: RobustList,
+}
+
+/// As [`hold_for_life`], until another thread has taken it over ([`take_over_life`]). For a thread that holds no robust
+/// mutex, as in a child that was just forked. `None` if the word is none of `from`.
+pub fn lend_life(life: &'static AtomicU32, from: &[u32]) -> Option<LentLife> {
+    let (mut own, mut len) = (std::ptr::null_mut::<RobustHead>(), 0usize);
+    // SAFETY: both live across the call.
+    unsafe { libc::syscall(libc::SYS_get_robust_list, 0, &raw mut own, &raw mut len) };
+    let lent = LentLife { own, _list: register_life(life) };
+    // SeqCst: against others' exchanges, after which it is not ours to take. It may change from one of them to the next.
+    let mine = held_by_me();
+    let take = |&old: &u32| life.compare_exchange(old, mine, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+    from.iter().any(take).then_some(lent)
+}
+
+impl Drop for LentLife {
+    fn drop(&mut self) {
+        // SAFETY: the C library's list of this thread, which it keeps for as long as the thread lives.
+        unsafe { libc::syscall(libc::SYS_set_robust_list, self.own, size_of::<RobustHead>()) };
     }
 }
 
@@ -172,5 +238,55 @@ pub fn set_idle_policy(tid: u32, idle: bool) {
     // SAFETY: the parameter lives across the call.
     unsafe {
         libc::sched_setscheduler(tid as i32, policy, &raw const param);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dead(life: &AtomicU32) -> bool {
+        life.load(Ordering::SeqCst) & FUTEX_OWNER_DIED != 0
+    }
+
+    /// Until the kernel has seen to the end of a thread that was joined: it may be a moment behind.
+    fn dies(life: &'static AtomicU32) -> bool {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+        while !dead(life) && std::time::Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        dead(life)
+    }
+
+    #[test]
+    fn a_lent_life_ends_with_its_thread() {
+        let life: &'static AtomicU32 = Box::leak(Box::default());
+        std::thread::spawn(move || std::mem::forget(lend_life(life, &[0]).unwrap())).join().unwrap();
+        assert!(dies(life));
+        assert!(!std::thread::spawn(move || take_over_life(life)).join().unwrap(), "too late");
+        assert!(dead(life));
+    }
+
+    #[test]
+    fn a_life_that_was_taken_over_is_the_other_threads() {
+        let life: &'static AtomicU32 = Box::leak(Box::default());
+        let (taken, is_taken) = std::sync::mpsc::channel();
+        let (stop, stopped) = std::sync::mpsc::channel::<()>();
+        let lender = std::thread::spawn(move || {
+            assert!(lend_life(life, &[1, 2]).is_none());
+            let lent = lend_life(life, &[1, 0]).unwrap();
+            let worker = std::thread::spawn(move || {
+                taken.send(take_over_life(life)).unwrap();
+                let _until_dropped = stopped.recv();
+            });
+            assert!(is_taken.recv().unwrap());
+            drop(lent);
+            worker
+        });
+        let worker = lender.join().unwrap();
+        assert!(!dead(life), "the lender's end is none");
+        drop(stop);
+        worker.join().unwrap();
+        assert!(dies(life));
     }
 }

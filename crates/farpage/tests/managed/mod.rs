@@ -95,13 +95,20 @@ impl Managed {
 
     /// Forks as an injected library does; the child runs `f` and ends, with status 0 if that returns. Its number.
     pub fn fork(&self, f: impl FnOnce()) -> libc::pid_t {
+        self.fork_and(|| (), f)
+    }
+
+    /// The same; the child runs `first` before it is managed.
+    pub fn fork_and(&self, first: impl FnOnce(), f: impl FnOnce()) -> libc::pid_t {
         let forking = self.space.before_fork().unwrap();
         // SAFETY: the child runs `f` with its own manager's threads; malloc is usable after a fork with glibc.
         match unsafe { libc::fork() } {
             0 => {
                 let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                    self.space.after_fork_in_child(forking).unwrap();
+                    first();
+                    let life = self.space.after_fork_in_child(forking).unwrap();
                     start_threads(self.space);
+                    drop(life);
                     f();
                 }));
                 // SAFETY: ends the child without the test harness's exit code.

@@ -54,6 +54,13 @@ pub fn shared_len(size: u64) -> usize {
     Pool::shared_len(chunks(size), frames(size) as usize)
 }
 
+/// Process `owner` has died in the middle of a change to the pool over this area.
+#[cfg(test)]
+pub(crate) fn lock_for_ever(size: u64, area: crate::sys::SharedArea, owner: Owner, peers: &dyn Peers) {
+    let pool = Pool::new(area, chunks(size), frames(size) as usize);
+    std::mem::forget(pool.lock(owner, peers));
+}
+
 /// What one thread needs to compress a batch.
 struct Scratch {
     state: Box<lz4::State>,
