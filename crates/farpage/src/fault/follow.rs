@@ -68,6 +68,8 @@ struct Thread {
     until: AtomicU64,
     faults: AtomicU64,
     seen: AtomicU64,
+    /// Of these, what its faults counted for more than one each, since the last tick: they brought in much.
+    long: AtomicU64,
 }
 
 /// What a handler knows when it finds nothing to do. The scheduler moves a busy thread to an idle CPU every few milliseconds,
@@ -104,8 +106,9 @@ pub(crate) struct Follow {
 /// A CPU on which threads fault fast.
 struct Busy {
     cpu: u32,
-    /// Faults since the last tick.
+    /// Faults since the last tick, and what of that long ones counted for.
     faults: u64,
+    long: u64,
     threads: u32,
 }
 
@@ -127,6 +130,7 @@ impl Follow {
             until: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             seen: AtomicU64::new(0),
+            long: AtomicU64::new(0),
         };
         Self {
             handlers: std::array::from_fn(|_| handler()),
@@ -238,6 +242,7 @@ impl Follow {
         if more > 1 {
             let t = &self.threads[tid as usize % THREADS];
             t.faults.fetch_add(more - 1, Ordering::Relaxed);
+            t.long.fetch_add(more - 1, Ordering::Relaxed);
             t.until.fetch_add(more - 1, Ordering::Relaxed);
         }
     }
@@ -328,10 +333,12 @@ impl Follow {
             let new = faults.saturating_sub(t.seen.swap(faults, Ordering::Relaxed));
             total += new;
             let cpu = t.cpu.load(Ordering::Relaxed);
-            let threads = u32::from(new >= fast);
+            let (threads, long) = (u32::from(new >= fast), t.long.swap(0, Ordering::Relaxed));
             match busy.iter_mut().find(|b| b.cpu == cpu) {
-                Some(b) => (b.faults, b.threads) = (b.faults + new, b.threads + threads),
-                None if new >= fast => busy.push(Busy { cpu, faults: new, threads }),
+                Some(b) => {
+                    (b.faults, b.long, b.threads) = (b.faults + new, b.long + long, b.threads + threads);
+                }
+                None if new >= fast => busy.push(Busy { cpu, faults: new, long, threads }),
                 None => {}
             }
         }
@@ -342,8 +349,9 @@ impl Follow {
         }
         self.cpus.store(crate::sys::cpus_allowed(), Ordering::Relaxed);
         busy.sort_unstable_by_key(|b| std::cmp::Reverse((b.faults, b.cpu)));
-        // Its handler is at work all the time, or nearly.
-        let full = |b: &Busy| b.threads > 1 && b.faults * USUAL >= elapsed * 1_000_000 * 3 / 4;
+        // Its handler is at work all the time, or nearly. Only with streams: threads that fault for single pages run between
+        // their faults, so the scheduler spreads them, and another who is told of each fault costs more than he takes over.
+        let full = |b: &Busy| b.threads > 1 && b.long * USUAL >= elapsed * 1_000_000 * 3 / 4;
         let roam = busy.iter().any(full) && busy.len() < self.cpus.load(Ordering::Relaxed) as usize;
         let mut changed = self.place(space, &busy, roam);
         for h in &self.handlers {
