@@ -3,16 +3,18 @@
 //! In a forked child nobody answers faults until the manager's first thread runs. On its way there the C library reads what the
 //! program's heap holds: the data of the locale (since glibc 2.35 that of `C.UTF-8`, too), and how the libraries that have
 //! thread-local variables and were loaded by `dlopen` are linked. These pages are held while the program forks, so that they are
-//! in DRAM, in parent and child.
+//! in DRAM, in parent and child. (Of more than 62 such libraries the loader has a further list in the heap, whose place nobody tells.)
 
 use std::ffi::{c_char, c_int, c_void};
 use std::ptr;
 
 use farpage::PAGE_SIZE;
+use farpage::space::range::GRANULE;
 use farpage::space::{Hold, Space};
 
-/// Places that are held by themselves; libraries beyond these share a hold of everything.
-const PLACES: usize = 24;
+/// Granules in which such places lie, at most; what a program has beyond these is not seen to. (Libraries are linked by small blocks of
+/// the heap, which lie side by side.)
+const PLACES: usize = 64;
 /// Bytes of the C library's structures that are held, from their beginning: more than any of its versions has.
 const LOCALE_BYTES: usize = 1024;
 const LINK_BYTES: usize = 2048;
@@ -24,20 +26,24 @@ pub struct Held {
     _holds: [Option<Hold<'static>>; PLACES],
 }
 
+/// Stretches of address space, each in one granule or in a few that lie side by side.
 struct Places {
     at: [(usize, usize); PLACES],
     n: usize,
 }
 
 impl Places {
+    /// What is evicted is evicted by the granule: places in the same one are one.
     fn add(&mut self, at: usize, len: usize) {
-        // The last one also stands for all that are too many: they lie between it and them.
-        if self.n < PLACES {
-            self.at[self.n] = (at, at + len);
+        let (start, end) = (at / PAGE_SIZE * PAGE_SIZE, (at + len).next_multiple_of(PAGE_SIZE));
+        let near = |(s, e): &(usize, usize)| {
+            start / GRANULE <= (e - 1) / GRANULE && s / GRANULE <= (end - 1) / GRANULE
+        };
+        if let Some(place) = self.at[..self.n].iter_mut().find(|place| near(place)) {
+            *place = (place.0.min(start), place.1.max(end));
+        } else if self.n < PLACES {
+            self.at[self.n] = (start, end);
             self.n += 1;
-        } else {
-            let last = &mut self.at[PLACES - 1];
-            *last = (last.0.min(at), last.1.max(at + len));
         }
     }
 }
@@ -108,11 +114,11 @@ pub fn hold(space: &'static Space) -> Held {
     // SAFETY: `places` lives across the call, in which `library` alone uses it.
     unsafe { libc::dl_iterate_phdr(Some(library), ptr::from_mut(&mut places).cast()) };
     let place = |i: usize| {
-        let (first, end) = *places.at[..places.n].get(i)?;
-        let (start, end) = (first / PAGE_SIZE * PAGE_SIZE, end.next_multiple_of(PAGE_SIZE));
+        let (start, end) = *places.at[..places.n].get(i)?;
         space.manages(start, end).then(|| {
             let hold = space.hold(start, end);
-            farpage::sys::read_fault(start, end - start);
+            // One by one: there may be holes between places.
+            (start..end).step_by(PAGE_SIZE).for_each(|page| farpage::sys::read_fault(page, PAGE_SIZE));
             hold
         })
     };
