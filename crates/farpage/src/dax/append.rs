@@ -6,7 +6,8 @@ use rustix::io::Errno;
 
 use super::change::{Patience, enter};
 use super::error::DaxError;
-use super::file::{DaxFile, Inner};
+use super::file::DaxFile;
+use super::inner::Inner;
 use super::table::ROUND;
 use super::{Change, Wait};
 use crate::sys::Locked;
@@ -71,10 +72,7 @@ impl Inner {
         let pages = Change::Truncate(part.start).pages(self.table.frames(), part.end);
         // Whoever has the size lock waits for nobody who may wait for that: he has a moment for the records, and that is all.
         let wait = Wait { timeout: ROUND, stop: None };
-        let under = match pages.is_empty() {
-            true => Ok(None),
-            false => enter(self, &pages, &mut Patience::new(&wait)).map(Some),
-        };
+        let under = enter(self, &pages, &mut Patience::new(&wait));
         let is_ours = under.is_ok() && !self.table.is_used(&pages) && self.len() == Ok(part.end);
         if is_ours && rustix::fs::ftruncate(&self.fd, part.start).is_ok() {
             return self.failed("append to", errno);

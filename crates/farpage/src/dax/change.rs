@@ -18,12 +18,13 @@ use std::time::{Duration, Instant};
 use rustix::fs::FallocateFlags;
 
 use super::error::DaxError;
-use super::file::{DaxFile, Inner};
+use super::file::DaxFile;
+use super::inner::Inner;
 use super::users::User;
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
 use crate::frame::cuts::Cut;
-use crate::sys::Locked;
+use crate::sys::{Locked, after};
 
 /// A change that takes pages out of a file; offsets and lengths in bytes.
 ///
@@ -145,10 +146,7 @@ impl Change {
     /// Changes the file once nobody uses the pages that go. False: it ends elsewhere by then, so that more of them go.
     fn try_once(&self, file: &Inner, patience: &mut Patience<'_>) -> Result<bool, DaxError> {
         let pages = self.pages_now(file)?;
-        let mut under = match pages.is_empty() {
-            true => None,
-            false => Some(enter(file, &pages, patience)?),
-        };
+        let mut under = enter(file, &pages, patience)?;
         if let Some(under) = &under {
             under.wait_for_pins(patience)?;
         }
@@ -210,8 +208,6 @@ impl DaxFile {
     }
 }
 
-pub(super) use crate::sys::after;
-
 /// How long somebody has waited, from when he first had to: most never have to, and do not look at the clock.
 pub(super) struct Patience<'w> {
     wait: &'w Wait<'w>,
@@ -257,12 +253,15 @@ impl Inner {
     }
 }
 
-/// Enters a cut, after those that overlap with it.
+/// Enters a cut, after those that overlap with it; none for no pages.
 pub(super) fn enter<'f>(
     file: &'f Inner,
     pages: &Range<Pfn>,
     patience: &mut Patience<'_>,
-) -> Result<Under<'f>, DaxError> {
+) -> Result<Option<Under<'f>>, DaxError> {
+    if pages.is_empty() {
+        return Ok(None);
+    }
     let table = &file.table;
     loop {
         let event = table.event();
@@ -273,7 +272,7 @@ pub(super) fn enter<'f>(
         if table.cuts().overlapping(pages).is_none()
             && let Some(cut) = table.cuts().begin(table.owner(), pages)
         {
-            return Ok(Under { file, cut, unmapped: false });
+            return Ok(Some(Under { file, cut, unmapped: false }));
         }
         drop(locked);
         if patience.wait.is_stopped() {

@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use super::table::identity;
 use crate::PAGE_SIZE;
 use crate::frame::Pfn;
 use crate::pagemap::{Pagemap, SharedArea};
+use crate::sys::identity;
 
 /// The counts of a table: see the module's description.
 pub(super) struct Counts {

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::change::{Wait, after};
+use super::change::Wait;
 use super::error::{DaxError, TableError};
 use super::table::{DIR, Table};
 use super::users::{Difference, User, bytes};
@@ -20,7 +20,7 @@ use crate::frame::ledger::HolderKind;
 use crate::pagemap::{HoldError, Run};
 use crate::space::pin::Pin;
 use crate::sys::dax::How;
-use crate::sys::{self, dax};
+use crate::sys::{self, after, dax};
 
 /// A device-dax node (`/dev/dax0.0`) whose pages live by the one rule, in all processes that use farpage: a page that is
 /// mapped or pinned has a count above 0, whoever goes last frees it.
@@ -235,10 +235,7 @@ impl DaxDevice {
     pub fn pin(&self, range: Range<u64>, pin: Pin) -> Result<DevicePin, DaxError> {
         let pages = self.0.pages_of(&range, PAGE_SIZE as u64)?;
         let kind = if pin == Pin::Short { HolderKind::Pin } else { HolderKind::LongPin };
-        let table = &self.0.table;
-        table.provide(&pages).map_err(|why| self.0.hold_error(why))?;
-        let run = table.pagemap().begin_run(table.owner(), kind, pages.start, pages.len() as u32, false);
-        let run = run.map_err(|why| self.0.hold_error(why))?;
+        let run = self.0.table.begin_run(kind, &pages, false).map_err(|why| self.0.hold_error(why))?;
         Ok(DevicePin { device: self.0.clone(), run: Some(run), pages })
     }
 
@@ -319,12 +316,7 @@ impl Device {
     }
 
     fn hold(&self, kind: HolderKind, pages: &Range<Pfn>) -> Result<Run, DaxError> {
-        let map = self.table.pagemap();
-        let run = self
-            .table
-            .provide(pages)
-            .and_then(|()| map.begin_run(self.table.owner(), kind, pages.start, pages.len() as u32, true));
-        run.map_err(|why| self.hold_error(why))
+        self.table.begin_run(kind, pages, true).map_err(|why| self.hold_error(why))
     }
 
     fn give_back(&self, run: Option<Run>) {

@@ -14,7 +14,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
-use super::file::Inner;
+use super::inner::Inner;
 use super::table::Table;
 use crate::sys::Mutex;
 use crate::sys::dax::{self, Lease};

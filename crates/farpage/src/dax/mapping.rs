@@ -9,9 +9,9 @@ use std::time::Instant;
 
 use arrayvec::ArrayVec;
 
-use super::change::after;
 use super::error::DaxError;
-use super::file::{Access, Inner};
+use super::file::Access;
+use super::inner::Inner;
 use super::pin::DaxPin;
 use super::refs::Refs;
 use super::table::Table;
@@ -22,7 +22,7 @@ use crate::frame::Pfn;
 use crate::frame::cuts::{CUTS, Cut, Phase};
 use crate::frame::ledger::HolderKind;
 use crate::space::pin::Pin;
-use crate::sys::{self, Mutex, dax};
+use crate::sys::{self, Mutex, after, dax};
 
 /// Parts of a mapping that was cut often, before they are made one again.
 const MANY_PARTS: usize = 16;

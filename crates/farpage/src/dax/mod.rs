@@ -53,6 +53,7 @@ mod device;
 mod error;
 mod file;
 mod heads;
+mod inner;
 mod lease;
 mod mapping;
 mod options;

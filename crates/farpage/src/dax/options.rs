@@ -10,7 +10,8 @@ use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::error::{DaxError, Missing};
-use super::file::{Access, DaxFile, Inner};
+use super::file::{Access, DaxFile};
+use super::inner::Inner;
 use super::refs::TABLE_ALIGN;
 use super::table::{self, Table};
 use crate::PAGE_SIZE;

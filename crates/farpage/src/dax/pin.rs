@@ -4,15 +4,15 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::change::after;
 use super::error::DaxError;
-use super::file::Inner;
+use super::inner::Inner;
 use super::mapping::Map;
 use super::refs::Refs;
 use super::users::bytes;
 use crate::frame::Pfn;
 use crate::frame::ledger::HolderKind;
 use crate::space::pin::Pin;
+use crate::sys::after;
 
 /// Pinned pages of a DAX file: while this lives nobody who uses farpage truncates, punches or collapses them, in no process.
 ///

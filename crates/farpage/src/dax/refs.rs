@@ -59,10 +59,7 @@ impl Table {
         };
         let mut refs = Refs { pages: pages.clone(), runs: ArrayVec::new() };
         for part in parts.iter().filter(|part| !part.is_empty()) {
-            let run = self.provide(part).and_then(|()| {
-                self.pagemap().begin_run(self.owner(), kind, part.start, part.len() as u32, true)
-            });
-            match run {
+            match self.begin_run(kind, part, true) {
                 Ok(run) => refs.runs.push(run),
                 Err(e) => {
                     self.give(refs);

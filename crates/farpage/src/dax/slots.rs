@@ -12,6 +12,7 @@ use super::error::TableError;
 use crate::PAGE_SIZE;
 use crate::frame::{MAX_OWNER, Owner};
 use crate::pagemap::SharedArea;
+use crate::sys::FUTEX_OWNER_DIED;
 
 /// Words of a slot, and their use.
 const SLOT: usize = 16;
@@ -31,8 +32,6 @@ pub(super) mod slot {
     pub const FORMING: u32 = 1;
     pub const LIVE: u32 = 2;
 }
-/// The kernel's mark in a robust futex whose owner died (`linux/futex.h`).
-const FUTEX_OWNER_DIED: u32 = 0x4000_0000;
 /// Life locks are of bytes of the table's file from here on, where it has none.
 const LIFE_LOCKS: i64 = 1 << 50;
 

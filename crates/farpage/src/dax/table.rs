@@ -5,7 +5,7 @@
 //! something that it held cleans up after it ([`Table::reap`]); he can be killed himself at that.
 
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, OnceLock, Weak};
@@ -16,18 +16,19 @@ use rustix::io::Errno;
 
 use super::counts::{Counts, no_memory};
 use super::error::TableError;
-use super::file::Inner;
 use super::heads::{HEAD, Head, MAGIC, OwnHead, word};
+use super::inner::Inner;
 use super::mapping::Mapped;
 use super::refs::frames_of;
 use super::slots::{SLOTS, Slots, slot};
 use crate::device::memory::DeviceMemory;
 use crate::frame::cuts::Cuts;
+use crate::frame::ledger::HolderKind;
 use crate::frame::{Owner, Pfn};
-use crate::pagemap::{DriverId, HoldError, MemoryType, Pagemap, PagemapOps, Registration};
+use crate::pagemap::{DriverId, HoldError, MemoryType, Pagemap, PagemapOps, Registration, Run};
 use crate::sys::{
-    ForkMutex, LifeLock, Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake, is_locked,
-    lock_first_byte, unlock_first_byte,
+    ForkMutex, LifeLock, Locked, Mutex, Peers, RobustLock, SharedMap, futex_wait, futex_wake, identity,
+    is_locked, lock_first_byte, unlock_first_byte,
 };
 
 /// Where tables are.
@@ -350,6 +351,20 @@ impl Table {
         self.counts.provide(frames).map_err(HoldError::Memory)
     }
 
+    /// Takes a reference to each of these frames, for this process; `create`: the first one of a frame allocates it.
+    ///
+    /// # Errors
+    /// No memory, no room in the ledger; without `create`, a frame that is nobody's.
+    pub(super) fn begin_run(
+        &self,
+        kind: HolderKind,
+        frames: &Range<Pfn>,
+        create: bool,
+    ) -> Result<Run, HoldError> {
+        self.provide(frames)?;
+        self.pagemap.begin_run(self.owner, kind, frames.start, frames.len() as u32, create)
+    }
+
     /// The counts.
     pub(super) fn pagemap(&self) -> &Pagemap {
         &self.pagemap
@@ -537,11 +552,6 @@ impl Drop for Table {
 }
 
 const OPEN: OFlags = OFlags::RDWR.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
-
-/// Device and inode.
-pub(super) fn identity(file: BorrowedFd<'_>) -> Result<(u64, u64), Errno> {
-    rustix::fs::fstat(file).map(|stat| (stat.st_dev, stat.st_ino))
-}
 
 /// The table's file, with its lock, and still under its name; made if it is not there, for who uses the file of user
 /// `file_owner`. `None`: it is not there, for who only looks.

@@ -68,6 +68,22 @@ pub struct Config {
     pub devices: Vec<Spec>,
 }
 
+#[cfg(test)]
+impl Config {
+    /// The smallest, with these devices.
+    pub(crate) fn small(devices: &[&str]) -> Self {
+        Self {
+            dram: 1 << 20,
+            min_size: 1 << 20,
+            strict: false,
+            verbose: false,
+            recycle: false,
+            max_pinned: None,
+            devices: devices.iter().map(|spec| spec.parse().unwrap()).collect(),
+        }
+    }
+}
+
 /// Why a domain could not be made or joined.
 ///
 /// ```

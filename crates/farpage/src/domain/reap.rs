@@ -284,16 +284,7 @@ mod tests {
     const NOBODY: u32 = u32::MAX >> 1;
 
     fn launcher() -> Launcher {
-        let config = Config {
-            dram: 1 << 20,
-            min_size: 1 << 20,
-            strict: false,
-            verbose: false,
-            recycle: false,
-            max_pinned: None,
-            devices: vec!["ram:1M".parse().unwrap()],
-        };
-        Launcher::create(&config).unwrap()
+        Launcher::create(&Config::small(&["ram:1M"])).unwrap()
     }
 
     #[test]

@@ -58,16 +58,7 @@ mod tests {
 
     #[test]
     fn a_device_in_use_says_who_uses_it_and_goes_when_they_have_left() {
-        let config = Config {
-            dram: 1 << 20,
-            min_size: 1 << 20,
-            strict: false,
-            verbose: false,
-            recycle: false,
-            max_pinned: None,
-            devices: vec!["ram:1M".parse().unwrap(), "ram:1M".parse().unwrap()],
-        };
-        let domain = Domain::create(&config).unwrap();
+        let domain = Domain::create(&Config::small(&["ram:1M", "ram:1M"])).unwrap();
         let (me, child) = (domain.take_slot(1).unwrap(), domain.take_slot(2).unwrap());
         let map = domain.pagemap(1);
         let windows = [me, child].map(|owner| domain.map_window(owner).unwrap());
@@ -119,16 +110,7 @@ mod tests {
 
     #[test]
     fn a_launcher_gives_back_what_the_dead_held() {
-        let config = Config {
-            dram: 1 << 20,
-            min_size: 1 << 20,
-            strict: false,
-            verbose: false,
-            recycle: false,
-            max_pinned: None,
-            devices: vec!["ram:1M".parse().unwrap()],
-        };
-        let launcher = Launcher::create(&config).unwrap();
+        let launcher = Launcher::create(&Config::small(&["ram:1M"])).unwrap();
         let domain = Domain::attach(&launcher.env_value()).unwrap();
         // A process that does not exist.
         let dead = domain.take_slot(u32::MAX >> 1).unwrap();

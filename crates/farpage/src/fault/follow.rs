@@ -347,12 +347,13 @@ impl Follow {
         } else {
             self.quiet.store(0, Ordering::Relaxed);
         }
-        self.cpus.store(crate::sys::cpus_allowed(), Ordering::Relaxed);
+        let cpus = crate::sys::cpus_allowed();
+        self.cpus.store(cpus, Ordering::Relaxed);
         busy.sort_unstable_by_key(|b| std::cmp::Reverse((b.faults, b.cpu)));
         // Its handler is at work all the time, or nearly. Only with streams: threads that fault for single pages run between
         // their faults, so the scheduler spreads them, and another who is told of each fault costs more than he takes over.
         let full = |b: &Busy| b.threads > 1 && b.long * USUAL >= elapsed * 1_000_000 * 3 / 4;
-        let roam = busy.iter().any(full) && busy.len() < self.cpus.load(Ordering::Relaxed) as usize;
+        let roam = busy.iter().any(full) && busy.len() < cpus as usize;
         let mut changed = self.place(space, &busy, roam);
         for h in &self.handlers {
             let tid = h.tid.load(Ordering::Relaxed);

@@ -2,8 +2,8 @@
 
 use crate::PAGE_SIZE;
 use crate::device::{DeviceError, LoadOp, StoreOp, Sum};
+use crate::domain::Counter;
 use crate::domain::entry::Entry;
-use crate::domain::{ADDRESS_LIMIT, Counter};
 use crate::reclaim::Hands;
 use crate::space::puts::Puts;
 use crate::space::range::{Found, GRANULE, flag};
@@ -101,12 +101,8 @@ impl Space {
         copy: fn(&mut [u8], &mut [u8]),
         write: bool,
     ) -> bool {
-        let in_range = a.start.checked_add(a.bytes.len()).is_some_and(|end| end <= ADDRESS_LIMIT);
-        if !in_range {
-            a.result = Err(AccessError::NotManaged(a.start / PAGE_SIZE * PAGE_SIZE));
-            return true;
-        }
-        let until = (a.start + a.done) / GRANULE * GRANULE + GRANULE;
+        // (What is done lies in managed memory, far below the last address.)
+        let until = ((a.start + a.done) / GRANULE * GRANULE).saturating_add(GRANULE);
         while a.done < a.bytes.len() && a.start + a.done < until {
             let at = a.start + a.done;
             let (page, offset) = (at / PAGE_SIZE * PAGE_SIZE, at % PAGE_SIZE);

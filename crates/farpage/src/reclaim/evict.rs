@@ -36,8 +36,7 @@ impl Space {
         self.unpark(world);
         // Each granule at most once: some cannot move.
         for _ in 0..=self.queued() {
-            let Some(addr) = self.dequeue() else { return Evicted::Nothing };
-            self.enqueue_parts(world, addr);
+            let Some(addr) = self.dequeue(world) else { return Evicted::Nothing };
             let Some(found) = world.ranges.granule(addr) else { continue };
             if !found.granule.has(flag::QUEUED) {
                 continue;
@@ -47,10 +46,9 @@ impl Space {
             // Not beyond a page table: the kernel moves the pages of each by itself.
             while n < most && end < found.range.end && !end.is_multiple_of(STRETCH * GRANULE) {
                 let next = found.range.granule(end);
-                if !next.granule.has(flag::QUEUED) || !self.dequeue_if(end) {
+                if !next.granule.has(flag::QUEUED) || !self.dequeue_if(world, end) {
                     break;
                 }
-                self.enqueue_parts(world, end);
                 (n, end) = (n + 1, next.end);
             }
             match self.evict(world, &found.range.stretch(found.start, end)) {

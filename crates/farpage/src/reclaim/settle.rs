@@ -16,9 +16,6 @@ use crate::{PAGE_SIZE, Page};
 
 use super::Hands;
 
-/// Pages looked at under one hold of the granule's lock, which a fault may be waiting for.
-const BATCH: usize = 64;
-
 /// What came of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Settled {
@@ -94,8 +91,7 @@ impl Space {
         // To memory, pages go straight from where they are staged; what may take longer, or fails in its own ways, works on
         // copies and without the lock.
         let in_place = self.targets(job.on).all(|map| map.device.is_memory());
-        let batch = if in_place && job.on.is_some() { GRANULE_PAGES } else { BATCH };
-        let mut dirty: Vec<Dirty> = Vec::with_capacity(batch);
+        let mut dirty: Vec<Dirty> = Vec::with_capacity(GRANULE_PAGES);
         let mut puts = Puts::new(&self.domain, self.me());
         let mut stored_all = true;
         {
@@ -105,7 +101,7 @@ impl Space {
             let (mut clean, mut same) = (0, 0);
             self.fetch(slot, staged, base);
             self.slots.begin_copy(slot);
-            for i in members(staged & !job.refused).take(batch) {
+            for i in members(staged & !job.refused) {
                 let at = base + i * PAGE_SIZE;
                 // The page is staged and we hold its granule's lock.
                 let page = self.slots.staged_page(slot, i);
@@ -203,14 +199,13 @@ impl Space {
         freed
     }
 
-    /// Has what is needed of the next few staged pages fetched into the cache, all at the same time.
+    /// Has what is needed first of the staged pages fetched into the cache, all at the same time.
     fn fetch(&self, slot: u32, staged: u64, base: usize) {
-        let pages = || members(staged).take(BATCH);
-        for i in pages() {
+        for i in members(staged) {
             crate::sys::prefetch(self.slots.addr(slot, i), 256);
         }
         for map in &self.domain.pagemaps {
-            let copies = pages().filter_map(|i| match self.entries.get(base + i * PAGE_SIZE) {
+            let copies = members(staged).filter_map(|i| match self.entries.get(base + i * PAGE_SIZE) {
                 Entry::Copied(dev, pfn) if dev == map.id => Some(pfn),
                 _ => None,
             });

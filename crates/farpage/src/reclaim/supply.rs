@@ -68,6 +68,7 @@ impl Space {
         let by_move = want > 1 || self.move_cost.is_low();
         // Where no CPU is free for the worker, a stream does itself what the worker would do for it.
         let alone = want >= GRANULE_PAGES && self.faults.follow.is_everywhere();
+        let asks = want > 1 && !alone;
         if alone && self.pressure.load(Ordering::Relaxed) {
             // Frames that lie side by side: for each piece, other CPUs would be interrupted to flush their TLBs.
             for _ in 0..GATHER {
@@ -81,7 +82,7 @@ impl Space {
         }
         loop {
             if by_move && let Some(run) = self.slots.take(want) {
-                if want > 1 && !alone && self.slots.free_frames() < self.marks().low {
+                if asks && self.slots.free_frames() < self.marks().low {
                     self.ask_for_stock();
                 }
                 return Frames::Slot(run);
@@ -93,7 +94,7 @@ impl Space {
                 return Frames::Kernel(some);
             }
             self.pressure.store(true, Ordering::Relaxed);
-            if want > 1 && !alone {
+            if asks {
                 self.ask_for_stock();
             }
             if want > 1 && self.domain.try_charge(me, 1, budget) {

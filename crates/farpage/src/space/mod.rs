@@ -405,7 +405,7 @@ impl Space {
     }
 
     /// The granule at `addr` has left the queue: what was cut off it while it was there, of which the queue does not know, queues.
-    pub(crate) fn enqueue_parts(&self, world: &World, addr: usize) {
+    fn enqueue_parts(&self, world: &World, addr: usize) {
         let end = addr / GRANULE * GRANULE + GRANULE;
         for (found, ..) in world.ranges.granules(addr, end) {
             if found.start > addr && found.granule.clear(flag::CUT) && found.granule.clear(flag::QUEUED) {
@@ -415,21 +415,27 @@ impl Space {
     }
 
     /// The granule that arrived first.
-    pub(crate) fn dequeue(&self) -> Option<usize> {
-        let mut q = lock(&self.queue);
-        let first = q.pop_front();
-        let next = q.front().map_or(u64::MAX, |e| e.0);
-        self.slot().oldest.store(next, Ordering::Relaxed);
-        first.map(|e| e.1)
+    pub(crate) fn dequeue(&self, world: &World) -> Option<usize> {
+        self.dequeue_at(world, |_| Some(0))
     }
 
     /// Takes the granule at `addr` from the queue if it is among the next: two streams' granules come in turns.
-    pub(crate) fn dequeue_if(&self, addr: usize) -> bool {
+    pub(crate) fn dequeue_if(&self, world: &World, addr: usize) -> bool {
+        self.dequeue_at(world, |q| q.iter().take(NEXT).position(|e| e.1 == addr)).is_some()
+    }
+
+    fn dequeue_at(
+        &self,
+        world: &World,
+        place: impl FnOnce(&VecDeque<(u64, usize)>) -> Option<usize>,
+    ) -> Option<usize> {
         let mut q = lock(&self.queue);
-        let Some(at) = q.iter().take(NEXT).position(|e| e.1 == addr) else { return false };
-        q.remove(at);
+        let taken = place(&q).and_then(|at| q.remove(at));
         self.slot().oldest.store(q.front().map_or(u64::MAX, |e| e.0), Ordering::Relaxed);
-        true
+        drop(q);
+        let (_, addr) = taken?;
+        self.enqueue_parts(world, addr);
+        Some(addr)
     }
 
     /// Nothing of the granule can move now: it does not queue for a while, so that not every fault tries it again.

@@ -353,8 +353,12 @@ impl Slots {
     /// Takes up to `want` free frames at consecutive addresses. They are the caller's until he moves them away or
     /// returns them ([`Slots::used`]).
     pub fn take(&self, want: usize) -> Option<Run> {
+        self.take_if(want, |_| true)
+    }
+
+    fn take_if(&self, want: usize, may: impl FnOnce(&Lists) -> bool) -> Option<Run> {
         let mut l = self.lists();
-        let run = l.find(want)?;
+        let run = if may(&l) { l.find(want)? } else { return None };
         for (slot, frames) in run.parts(0, run.len) {
             l.take_free(slot, frames);
         }
@@ -365,11 +369,9 @@ impl Slots {
     /// As [`Slots::take`], all of them, or what there is if there is plenty of it in pieces.
     pub(crate) fn take_all(&self, want: usize) -> Option<Run> {
         let slots = want.div_ceil(GRANULE_PAGES);
-        let l = self.lists();
-        let together = side_by_side(&l.whole, slots).is_some_and(|(_, n)| n == slots);
-        let plenty = l.free_frames >= 4 * want as u64;
-        drop(l);
-        if together || plenty { self.take(want) } else { None }
+        self.take_if(want, |l| {
+            l.free_frames >= 4 * want as u64 || l.whole.run(slots).is_some_and(|(_, n)| n == slots)
+        })
     }
 
     /// The first `n` frames of the run have moved away: their places are holes. The others were not needed.

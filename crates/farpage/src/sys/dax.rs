@@ -16,17 +16,13 @@ const F_SETSIG: libc::c_int = 10;
 /// The largest file handle (`linux/exportfs.h`: MAX_HANDLE_SZ).
 const HANDLE: usize = 128;
 
-fn last_error() -> Errno {
-    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
-}
-
 fn statx(fd: BorrowedFd<'_>, mask: libc::c_uint) -> Result<libc::statx, Errno> {
     let mut stat = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: an empty path with AT_EMPTY_PATH is the descriptor itself; the structure lives across the call.
     let r =
         unsafe { libc::statx(fd.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, mask, stat.as_mut_ptr()) };
     // SAFETY: zeroed is a valid value, and the kernel has written a valid one over it.
-    if r == 0 { Ok(unsafe { stat.assume_init() }) } else { Err(last_error()) }
+    if r == 0 { Ok(unsafe { stat.assume_init() }) } else { Err(super::last_error()) }
 }
 
 /// What tells a file from every other one that there is or was: its device, and the handle by which the file system
@@ -255,11 +251,11 @@ pub fn set_lease(fd: BorrowedFd<'_>, lease: Lease) -> Result<(), Errno> {
     // SAFETY: both calls take numbers only. Each time: giving a lease back makes the kernel forget the signal.
     let r = unsafe {
         if lease == Lease::Write && libc::fcntl(fd.as_raw_fd(), F_SETSIG, libc::SIGURG) != 0 {
-            return Err(last_error());
+            return Err(super::last_error());
         }
         libc::fcntl(fd.as_raw_fd(), libc::F_SETLEASE, kind)
     };
-    if r == 0 { Ok(()) } else { Err(last_error()) }
+    if r == 0 { Ok(()) } else { Err(super::last_error()) }
 }
 
 #[cfg(test)]

@@ -81,11 +81,7 @@ fn byte(kind: libc::c_int, at: i64) -> libc::flock {
 fn call(file: BorrowedFd<'_>, command: libc::c_int, lock: &mut libc::flock) -> Result<()> {
     // SAFETY: the descriptor is open, and the lock lives across the call, which may write to it.
     let done = unsafe { libc::syscall(libc::SYS_fcntl, file.as_raw_fd(), command, std::ptr::from_mut(lock)) };
-    if done == 0 { Ok(()) } else { Err(last_error()) }
-}
-
-fn last_error() -> Errno {
-    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL)
+    if done == 0 { Ok(()) } else { Err(super::last_error()) }
 }
 
 #[cfg(test)]

@@ -52,9 +52,14 @@ pub use rwlock::{Read, RwLock, Write};
 pub use shared::{Buffer, SharedArea, SharedMap};
 pub use sigbus::on_sigbus;
 pub use slots::{Slots, Taken};
-pub use steady::{SteadyFile, move_high};
+pub use steady::{SteadyFile, identity, move_high};
 pub use stop::Stopper;
 pub use stream::Streaming;
+
+/// What the last system call of the C library's says.
+fn last_error() -> rustix::io::Errno {
+    rustix::io::Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(rustix::io::Errno::IO)
+}
 
 /// So long after that; or in a hundred years, if a clock does not go as far.
 pub fn after(start: std::time::Instant, timeout: std::time::Duration) -> std::time::Instant {

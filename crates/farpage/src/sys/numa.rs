@@ -38,7 +38,7 @@ pub fn bind_memory(addr: usize, len: usize, node: u32) -> Result<(), Errno> {
     let result = unsafe {
         libc::syscall(libc::SYS_mbind, addr, len, MPOL_BIND, mask.as_ptr(), u64::from(MAX_NODES) + 1, 0)
     };
-    if result == 0 { Ok(()) } else { Err(last_error()) }
+    if result == 0 { Ok(()) } else { Err(super::last_error()) }
 }
 
 /// The node where the page at `addr` lies.
@@ -50,11 +50,7 @@ pub fn node_of(addr: usize) -> Result<u32, Errno> {
         libc::syscall(libc::SYS_move_pages, 0, 1usize, pages.as_ptr(), 0usize, status.as_mut_ptr(), 0)
     };
     if result < 0 {
-        return Err(last_error());
+        return Err(super::last_error());
     }
     u32::try_from(status[0]).map_err(|_| Errno::from_raw_os_error(-status[0]))
-}
-
-fn last_error() -> Errno {
-    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }

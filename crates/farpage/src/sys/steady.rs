@@ -69,7 +69,11 @@ impl Drop for SteadyFile {
     }
 }
 
-fn identity(fd: BorrowedFd<'_>) -> Result<(u64, u64), Errno> {
+/// Device and inode of a file.
+///
+/// # Errors
+/// It is no descriptor.
+pub fn identity(fd: BorrowedFd<'_>) -> Result<(u64, u64), Errno> {
     rustix::fs::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino))
 }
 

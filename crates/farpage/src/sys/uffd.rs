@@ -254,7 +254,7 @@ impl Uffd {
         // SAFETY: userfaultfd takes flags only and returns a new descriptor that nobody else owns.
         unsafe {
             let fd = libc::syscall(libc::SYS_userfaultfd, flags | libc::O_CLOEXEC | libc::O_NONBLOCK);
-            if fd < 0 { Err(last_errno()) } else { Ok(OwnedFd::from_raw_fd(fd as RawFd)) }
+            if fd < 0 { Err(super::last_error()) } else { Ok(OwnedFd::from_raw_fd(fd as RawFd)) }
         }
     }
 
@@ -374,7 +374,7 @@ pub fn read(fd: RawFd, out: &mut [Msg]) -> rustix::io::Result<usize> {
     // SAFETY: any bytes are valid for an array of bytes.
     let n = unsafe { libc::read(fd, raw.as_mut_ptr().cast(), size_of_val(raw)) };
     if n < 0 {
-        return Err(last_errno());
+        return Err(super::last_error());
     }
     let n = n as usize / MSG_SIZE;
     for (o, m) in out.iter_mut().zip(&raw[..n]) {
@@ -397,10 +397,6 @@ fn parse(m: &[u8; MSG_SIZE]) -> Msg {
 
 fn range(start: usize, len: usize) -> UffdRange {
     UffdRange { start: start as u64, len: len as u64 }
-}
-
-fn last_errno() -> rustix::io::Errno {
-    rustix::io::Errno::from_raw_os_error(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))
 }
 
 /// # Safety
